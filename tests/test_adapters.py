@@ -18,8 +18,9 @@ from plait.adapters import Adapters
 from plait.errors import BadInput
 from plait.initialize.base import Start
 from plait.integrations.peft import load_adapter, save_adapter, write_update
-from plait.parametrize.base import fold, stack
+from plait.parametrize.base import stack
 from plait.parametrize.core import LoRAXS
+from plait.parametrize.folding import fold
 from plait.parametrize.freeze import mark_fresh
 from plait.parametrize.low_rank import DoRA, LoRA, LowRank
 from plait.parametrize.singular import SORSA

@@ -12,8 +12,9 @@ from torch import nn
 from plait import AdamW, train
 from plait.errors import BadInput
 from plait.method import Method
-from plait.parametrize.base import attached, dense_weight, fold
+from plait.parametrize.base import attached, dense_weight
 from plait.parametrize.block import BlockAffine, Bone, SharedBlock
+from plait.parametrize.folding import fold
 from plait.parametrize.random_bases import RandLoRA, RandomBases
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))

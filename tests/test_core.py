@@ -13,8 +13,9 @@ from plait import AdamW, LoRAXS, train
 from plait.errors import BadInput
 from plait.initialize.full_step import LoRASB
 from plait.method import Now
-from plait.parametrize.base import attached, dense_weight, fold
+from plait.parametrize.base import attached, dense_weight
 from plait.parametrize.core import Core
+from plait.parametrize.folding import fold
 
 X = torch.randn(48, 12, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(48, 5, generator=torch.Generator().manual_seed(1))

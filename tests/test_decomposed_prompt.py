@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from plait.engine import Pairs, call_model
 from plait.errors import BadInput
 from plait.integrations.peft import save_adapter
-from plait.parametrize.base import fold
 from plait.parametrize.decomposed_prompt import EPT, Decomposed
+from plait.parametrize.folding import fold
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.prompt import PromptTuning
 from plait.train import train

@@ -16,7 +16,8 @@ from plait.initialize.base import to_plain_lora
 from plait.initialize.orthonormal import OLoRA
 from plait.method import Method
 from plait.models.small import llama_tiny
-from plait.parametrize.base import attached, fold
+from plait.parametrize.base import attached
+from plait.parametrize.folding import fold
 from plait.parametrize.freeze import BitFit, Freeze, mark_fresh
 from plait.parametrize.low_rank import LowRank
 from plait.parametrize.scaling import IA3

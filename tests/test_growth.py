@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from plait import Adam, BadInput, Now, train
 from plait.initialize.growth import Mixture, MixtureGrowth, new_coefficients, sets_of
 from plait.method import Method
-from plait.parametrize.base import attached, dense_weight, fold
+from plait.parametrize.base import attached, dense_weight
+from plait.parametrize.folding import fold
 from plait.tensors import write_tensors
 
 

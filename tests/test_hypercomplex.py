@@ -18,7 +18,8 @@ from plait.errors import BadInput
 from plait.finish.fold import Fold
 from plait.method import Method
 from plait.models.small import llama_tiny
-from plait.parametrize.base import attached, dense_weight, fold
+from plait.parametrize.base import attached, dense_weight
+from plait.parametrize.folding import fold
 from plait.parametrize.hypercomplex import Compacter, HypercomplexAdapter, kronecker_sum, times_kronecker_sum
 from plait.parametrize.random_bases import RandLoRA
 

@@ -18,7 +18,8 @@ from plait.initialize.gradient_svd import GradientStart, LoRAGA, LoRAOne
 from plait.initialize.weight_svd import PiSSA
 from plait.math.svd import RowSVD, SumSVD, exact_svd, gram_svd, sketched_svd
 from plait.method import Method
-from plait.parametrize.base import attached, dense_weight, fold, untouched_weight
+from plait.parametrize.base import attached, dense_weight, untouched_weight
+from plait.parametrize.folding import fold
 from plait.parametrize.low_rank import LowRank
 from plait.train import oracle
 

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask
 
 from plait.errors import BadInput
 from plait.integrations.peft import save_adapter
-from plait.parametrize.base import fold
+from plait.parametrize.folding import fold
 from plait.parametrize.instruction import IAPT, Generator, Rational
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.prefix import PrefixTuning

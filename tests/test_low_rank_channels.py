@@ -12,7 +12,8 @@ from torch import nn
 from plait import LOST, AdamW, LoRA, train
 from plait.errors import BadInput
 from plait.method import Method
-from plait.parametrize.base import attached, dense_weight, fold
+from plait.parametrize.base import attached, dense_weight
+from plait.parametrize.folding import fold
 from plait.parametrize.low_rank_channels import LowRankChannels
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))

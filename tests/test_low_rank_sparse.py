@@ -13,7 +13,8 @@ from plait import AdamW, LoRA, train
 from plait.errors import BadInput
 from plait.initialize.weight_svd import PiSSA
 from plait.method import Method
-from plait.parametrize.base import attached, dense_weight, fold
+from plait.parametrize.base import attached, dense_weight
+from plait.parametrize.folding import fold
 from plait.parametrize.low_rank_sparse import LowRankSparse, SLTrain
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))

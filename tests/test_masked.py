@@ -15,7 +15,8 @@ from plait.batch import Batch
 from plait.errors import BadInput
 from plait.loss.base import cross_entropy
 from plait.method import Method, Now
-from plait.parametrize.base import attached, dense_weight, fold
+from plait.parametrize.base import attached, dense_weight
+from plait.parametrize.folding import fold
 from plait.parametrize.masked import RAMT, BinaryMask, kept_with_probability
 from plait.schedule import Linear
 

@@ -16,7 +16,8 @@ from plait import SGD, DiffoRA, train
 from plait.errors import BadInput
 from plait.integrations.peft import load_adapter, save_adapter
 from plait.method import Now
-from plait.parametrize.base import attached, dense_weight, fold, run
+from plait.parametrize.base import attached, dense_weight, run
+from plait.parametrize.folding import fold
 from plait.parametrize.module_selection import GatedLowRank
 from plait.sharding import refuse_shared
 

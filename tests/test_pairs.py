@@ -19,7 +19,7 @@ import pairs
 from pairs import MATRIX, NETS, TRAINS, adapters, outcome, read, seconds
 from plait import DoRA, LoRA, train
 from plait.errors import BadInput
-from plait.parametrize.base import fold
+from plait.parametrize.folding import fold
 
 PART = 10
 """One pair in so many is tried again here."""

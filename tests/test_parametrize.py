@@ -20,10 +20,11 @@ from plait.errors import BadInput
 from plait.layers import matrix
 from plait.method import Method, Now
 from plait.parametrize import lean
-from plait.parametrize.base import attached, dense_weight, fold, run, stack
+from plait.parametrize.base import attached, dense_weight, run, stack
 from plait.parametrize.block import Bone
 from plait.parametrize.compander import WeightCompander
 from plait.parametrize.core import LoRAXS
+from plait.parametrize.folding import fold
 from plait.parametrize.freeze import mark_fresh
 from plait.parametrize.kernelized import SNELLA
 from plait.parametrize.low_rank import DoRA, LoRA, LowRank, Magnitude, RowNorms, row_norms

@@ -20,8 +20,8 @@ from plait.errors import BadInput
 from plait.initialize.weight_svd import PiSSA
 from plait.integrations.peft import load_adapter, save_adapter
 from plait.method import Now
-from plait.parametrize.base import fold
 from plait.parametrize.core import LoRAXS
+from plait.parametrize.folding import fold
 from plait.parametrize.freeze import mark_fresh
 from plait.parametrize.low_rank import DoRA, LoRA
 from plait.parametrize.mixout import Mixout

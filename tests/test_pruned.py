@@ -15,7 +15,8 @@ from plait import AdamW, train
 from plait.errors import BadInput
 from plait.method import Method, Now
 from plait.models.small import llama_tiny
-from plait.parametrize.base import attached, dense_weight, fold, run
+from plait.parametrize.base import attached, dense_weight, run
+from plait.parametrize.folding import fold
 from plait.parametrize.pruned import DSEE, PrunedUpdate, where_low_rank_fails
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))

@@ -31,8 +31,9 @@ from plait.math import quantization
 from plait.math.packed import Packed, forget_originals, numbers, pack, packed_layers, page_out, unpack
 from plait.math.quantization import NF4, Form
 from plait.method import Method, Now
-from plait.parametrize.base import Adapter, Parametrize, dense_weight, fold
+from plait.parametrize.base import Adapter, Parametrize, dense_weight
 from plait.parametrize.core import LoRAXS
+from plait.parametrize.folding import fold
 from plait.parametrize.freeze import BitFit, Freeze
 from plait.parametrize.low_rank import DoRA, LoRA
 from plait.parametrize.mixout import Mixout

@@ -13,7 +13,8 @@ from plait import AdamW, TriAdaptLoRA, train
 from plait.errors import BadInput
 from plait.integrations.peft import load_adapter, save_adapter
 from plait.method import Now
-from plait.parametrize.base import attached, dense_weight, fold
+from plait.parametrize.base import attached, dense_weight
+from plait.parametrize.folding import fold
 from plait.parametrize.rank_growth import GrowingLowRank
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))

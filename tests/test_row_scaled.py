@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from plait import SGD, ALLoRA, LoRA, train
 from plait.errors import BadInput
 from plait.method import Now
-from plait.parametrize.base import fold
+from plait.parametrize.folding import fold
 
 X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))

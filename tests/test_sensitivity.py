@@ -17,7 +17,8 @@ from plait.errors import BadInput
 from plait.initialize.sensitivity import SPT
 from plait.method import Method, Now
 from plait.parametrize.allocated import Allocated
-from plait.parametrize.base import attached, dense_weight, fold, run
+from plait.parametrize.base import attached, dense_weight, run
+from plait.parametrize.folding import fold
 from plait.parametrize.freeze import mark_fresh
 from plait.parametrize.low_rank import LoRA
 from plait.train import train

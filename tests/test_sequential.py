@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from plait import AdamW, LoRA, train
 from plait.errors import BadInput
 from plait.method import Method
-from plait.parametrize.base import attached, fold
+from plait.parametrize.base import attached
+from plait.parametrize.folding import fold
 from plait.parametrize.scaling import Scale
 from plait.parametrize.sequential import Hydra, TwoBranches
 

@@ -36,7 +36,7 @@ from plait.integrations.peft import load_adapter, save_adapter
 from plait.loss.chunked import call_with_chunked_logits
 from plait.method import Method, Now
 from plait.models.small import llama_tiny, mlp
-from plait.parametrize.base import fold
+from plait.parametrize.folding import fold
 from plait.parametrize.freeze import Freeze
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.prefix import Prefix, PrefixTuning

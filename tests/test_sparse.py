@@ -13,7 +13,8 @@ from plait import AdamW, LoRA, train
 from plait.batch import Batch
 from plait.errors import BadInput
 from plait.method import Method, Now
-from plait.parametrize.base import attached, dense_weight, fold, run
+from plait.parametrize.base import attached, dense_weight, run
+from plait.parametrize.folding import fold
 from plait.parametrize.sparse import SparseDelta
 from plait.parametrize.sparse_growth import Growing, SpIEL
 

@@ -23,7 +23,8 @@ from plait.loops.tuning import adam_step, knobs, link, raw_start
 from plait.loss.base import squared_error
 from plait.loss.smoothing import LabelSmoothing, ZLoss
 from plait.method import Method, Now
-from plait.parametrize.base import attach, attached, fold
+from plait.parametrize.base import attach, attached
+from plait.parametrize.folding import fold
 from plait.penalty.norm import L2
 from plait.predict.base import predictor
 from plait.recipe import Recipe

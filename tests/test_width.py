@@ -17,7 +17,7 @@ from plait import SGD, Adam, AdamW, BadInput, Now, train
 from plait.engine import optimizer_for, prepared
 from plait.initialize.width import NTK, STANDARD, MuP, base_shapes
 from plait.method import Method
-from plait.parametrize.base import fold
+from plait.parametrize.folding import fold
 from plait.schedule import Linear
 from plait.step.layerwise import LAMB
 

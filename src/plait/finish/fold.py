@@ -7,7 +7,8 @@ from torch import nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.method import Method, Now, method
-from plait.parametrize.base import Parametrize, fold, stack
+from plait.parametrize.base import Parametrize, stack
+from plait.parametrize.folding import fold
 
 
 @paper("hu2022lora", key="fold", kind="ground")

@@ -15,7 +15,7 @@ from plait.layers import require_layers
 from plait.math.generalized_gaussian import quantiles
 from plait.math.minifloat import decode, encode
 from plait.method import Method, Now, method
-from plait.parametrize.base import fold
+from plait.parametrize.folding import fold
 
 
 @method

@@ -11,7 +11,7 @@ from plait.fields import Count
 from plait.layers import CONVOLUTIONS, inputs_last, is_transformers_conv1d, require_layers
 from plait.math.projections import largest_of_group
 from plait.method import Method, Now, method
-from plait.parametrize.base import fold
+from plait.parametrize.folding import fold
 
 
 @paper("mishra2021sparse", key="magnitude-pruning", kind="ground")

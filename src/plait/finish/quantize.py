@@ -17,7 +17,8 @@ from plait.layers import evaluating, require_layers
 from plait.math.packed import packed_layers, unpack
 from plait.math.quantization import Form
 from plait.method import Method, Now, method
-from plait.parametrize.base import fold, new_or_at_the_ends
+from plait.parametrize.base import new_or_at_the_ends
+from plait.parametrize.folding import fold
 from plait.parametrize.quantized import Quantize, form_of, quantize
 
 

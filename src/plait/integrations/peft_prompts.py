@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.parametrize.base import say_untied, stack
+from plait.parametrize.base import stack
+from plait.parametrize.folding import say_untied
 from plait.parametrize.freeze import freeze, mark_fresh
 from plait.parametrize.lean import spare
 from plait.parametrize.prefix import Prefix, keys_values_of

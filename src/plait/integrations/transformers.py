@@ -179,7 +179,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
         A model with soft prompts keeps them and its adapters: no weight can hold a prompt.
         """
-        from plait.parametrize.base import fold
+        from plait.parametrize.folding import fold
         from plait.parametrize.prompt import soft_prompts
 
         model: nn.Module = self.accelerator.unwrap_model(self.model)

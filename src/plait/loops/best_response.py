@@ -14,7 +14,8 @@ from plait.fields import Count, NonNegative, Positive
 from plait.layers import CONVOLUTIONS, is_transformers_conv1d
 from plait.loops.tuning import FURTHEST, Tuner, adam_step, knobs, set_numbers
 from plait.method import Ask, Method, Now, method
-from plait.parametrize.base import Parametrization, Parametrize, attach, attached, fold, stack
+from plait.parametrize.base import Parametrization, Parametrize, attach, attached, stack
+from plait.parametrize.folding import fold
 
 
 class BestResponse(Parametrization):

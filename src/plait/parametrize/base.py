@@ -25,7 +25,7 @@ from plait.layers import (
     require_layers,
     unmatrix,
 )
-from plait.math.packed import Packed, numbers, quantized_elsewhere, readable, release, unpack, unrounded
+from plait.math.packed import Packed, quantized_elsewhere, readable, unrounded
 from plait.method import Method, method
 
 P = TypeVar("P", bound="Parametrization")
@@ -170,23 +170,18 @@ def _output(layer: nn.Module, inputs: Tensor, chosen: list[Parametrization]) -> 
         fast = chosen[-1].fast(layer, inputs, lambda: _output(layer, inputs, chosen[:-1]))
         if fast is not None:
             return fast
-    return run(layer, inputs, _compose(layer, chosen, layer.training), _bias(layer, chosen))
-
-
-def _bias(layer: nn.Module, chosen: list[Parametrization]) -> Tensor | None:
-    """Return the bias that a layer uses: the composition of its parametrizations; None if it has none."""
-    bias: Tensor | None = getattr(layer, "bias", None)
-    if bias is None:
-        return None
-    made = bias
-    for parametrization in chosen:
-        made = parametrization.dense_bias(made)
-    return made.to(bias.dtype)
+    return run(layer, inputs, _compose(layer, chosen, layer.training), dense_bias(layer, chosen))
 
 
 def dense_bias(layer: nn.Module, parametrizations: list[Parametrization] | None = None) -> Tensor | None:
     """Return the bias that a layer uses, with what its parametrizations make of it; None if it has none."""
-    return _bias(layer, stack(layer) if parametrizations is None else parametrizations)
+    bias: Tensor | None = getattr(layer, "bias", None)
+    if bias is None:
+        return None
+    made = bias
+    for parametrization in stack(layer) if parametrizations is None else parametrizations:
+        made = parametrization.dense_bias(made)
+    return made.to(bias.dtype)
 
 
 def _forward(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -227,59 +222,6 @@ def attached(model: nn.Module, kind: type[P]) -> Iterator[tuple[str, nn.Module, 
         for parametrization in stack(layer):
             if isinstance(parametrization, kind):
                 yield name, layer, parametrization
-
-
-@torch.no_grad()
-def fold(model: nn.Module) -> nn.Module:
-    """Write each layer's dense weight into its own weight and remove all stacks: a plain model comes out.
-
-    A weight that several layers share is untied where it is folded: each of them gets its own, and a transformers
-    model's `config.tie_word_embeddings` becomes False, so that saving and loading keep both. Quantized weights become
-    floating-point ones: what the adapters make of the numbers that the codes stand for.
-    """
-    uses: dict[int, int] = {}
-    for layer in model.modules():
-        for parameter in layer.parameters(recurse=False):
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    from plait.parametrize.bank import settle_copies
-    from plait.parametrize.lean import restore
-    from plait.parametrize.prompt import refuse_prompts
-
-    refuse_prompts(model, "folded")
-    for name, layer in model.named_modules():
-        if bent := [part.made_by for part in stack(layer) if not part.linear]:
-            raise BadInput(f"{bent[0]} acts on what '{name}' puts out, which no weight can hold: leave out folding.")
-    settle_copies(model)
-    untied = False
-    for layer in list(model.modules()):
-        if not stack(layer):
-            continue
-        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-        folded = numbers(dense_weight(layer)).to(weight.dtype).contiguous()
-        if (bias := _bias(layer, stack(layer))) is not None:
-            layer.bias.copy_(bias)  # type: ignore[operator]
-        shared = uses[id(weight)] > 1
-        if shared or isinstance(weight, Packed) or quantized_elsewhere(weight):
-            uses[id(weight)] -= 1
-            release(layer, nn.Parameter(folded, requires_grad=weight.requires_grad))
-            untied = untied or shared
-        else:
-            weight.copy_(folded)
-        detach(layer)
-    if untied:
-        say_untied(model)
-    restore(model)
-    return unpack(model)
-
-
-def say_untied(model: nn.Module) -> None:
-    """Tell a transformers model that its input and output embeddings are no longer one tensor."""
-    for part in model.modules():
-        config = getattr(part, "config", None)
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-        if getattr(part, "all_tied_weights_keys", None):
-            part.all_tied_weights_keys = {}  # type: ignore[assignment]
 
 
 def _read_by_others(model: nn.Module) -> set[str]:

@@ -52,7 +52,7 @@ def export(
 
 def to_transformers(task: Task, model: Any, folder: Path) -> None:
     """Fold the adapters into the weights and save what `from_pretrained` loads, with the tokenizer beside it."""
-    from plait.parametrize.base import fold
+    from plait.parametrize.folding import fold
 
     if not hasattr(model, "save_pretrained"):
         raise BadInput(f"{type(model).__name__} is no transformers model: export it with --to onnx.")
@@ -84,7 +84,7 @@ def to_onnx(task: Task, model: Any, folder: Path) -> None:
 
     import torch
 
-    from plait.parametrize.base import fold
+    from plait.parametrize.folding import fold
     from plait.parametrize.prompt import soft_prompts
 
     if not (find_spec("onnx") and find_spec("onnxscript")):

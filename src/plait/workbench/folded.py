@@ -9,7 +9,7 @@ from plait.errors import BadInput
 from plait.finish.quantize import Requantize
 from plait.math.packed import packed_layers
 from plait.method import Now
-from plait.parametrize.base import fold
+from plait.parametrize.folding import fold
 
 if TYPE_CHECKING:
     from torch import nn

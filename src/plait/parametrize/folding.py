@@ -1,0 +1,62 @@
+"""Folding: what adapters make of the weights they stand on is written into them, and a plain model is left."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from plait.errors import BadInput
+from plait.math.packed import Packed, numbers, quantized_elsewhere, release, unpack
+from plait.parametrize.bank import settle_copies
+from plait.parametrize.base import dense_bias, dense_weight, detach, stack
+from plait.parametrize.lean import restore
+from plait.parametrize.prompt import refuse_prompts
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Write each layer's dense weight into its own weight and remove all stacks: a plain model comes out.
+
+    A weight that several layers share is untied where it is folded: each of them gets its own, and a transformers
+    model's `config.tie_word_embeddings` becomes False, so that saving and loading keep both. Quantized weights become
+    floating-point ones: what the adapters make of the numbers that the codes stand for.
+    """
+    uses: dict[int, int] = {}
+    for layer in model.modules():
+        for parameter in layer.parameters(recurse=False):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    refuse_prompts(model, "folded")
+    for name, layer in model.named_modules():
+        if bent := [part.made_by for part in stack(layer) if not part.linear]:
+            raise BadInput(f"{bent[0]} acts on what '{name}' puts out, which no weight can hold: leave out folding.")
+    settle_copies(model)
+    untied = False
+    for layer in list(model.modules()):
+        if not stack(layer):
+            continue
+        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+        folded = numbers(dense_weight(layer)).to(weight.dtype).contiguous()
+        if (bias := dense_bias(layer)) is not None:
+            layer.bias.copy_(bias)  # type: ignore[operator]
+        shared = uses[id(weight)] > 1
+        if shared or isinstance(weight, Packed) or quantized_elsewhere(weight):
+            uses[id(weight)] -= 1
+            release(layer, nn.Parameter(folded, requires_grad=weight.requires_grad))
+            untied = untied or shared
+        else:
+            weight.copy_(folded)
+        detach(layer)
+    if untied:
+        say_untied(model)
+    restore(model)
+    return unpack(model)
+
+
+def say_untied(model: nn.Module) -> None:
+    """Tell a transformers model that its input and output embeddings are no longer one tensor."""
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+        if getattr(part, "all_tied_weights_keys", None):
+            part.all_tied_weights_keys = {}  # type: ignore[assignment]
