@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plait.claims.base import claim
-from plait.claims.parametrize import Task, accuracy, rotated, tuned
+from plait.claims.parametrize import Task, beside, rotated
 from plait.parametrize.block import Bone
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.random_bases import RandLoRA
@@ -22,10 +22,9 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 )
 def blocks_adapt_better_than_low_rank(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [Bone(rank=4, where="0|2")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=2, where="0|2")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed), lambda: [Bone(rank=4, where="0|2")], lambda: [LoRA(rank=2, where="0|2")], RATES
+    )
 
 
 @claim(
@@ -38,10 +37,12 @@ def blocks_adapt_better_than_low_rank(seed: int) -> tuple[float, float]:
 )
 def random_bases_adapt_better_than_low_rank(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits; alpha is 20 times the rank, as its authors' default."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [RandLoRA(rank=16, alpha=320.0, where="0|2")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=3, where="0|2")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [RandLoRA(rank=16, alpha=320.0, where="0|2")],
+        lambda: [LoRA(rank=3, where="0|2")],
+        RATES,
+    )
 
 
 @claim(
@@ -54,7 +55,9 @@ def random_bases_adapt_better_than_low_rank(seed: int) -> tuple[float, float]:
 )
 def two_branches_adapt_better_than_one(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits; both with a factor of 4 in front of their branches."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [Hydra(rank=2, scale=4.0, where="0|2")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4, alpha=16.0, where="0|2")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [Hydra(rank=2, scale=4.0, where="0|2")],
+        lambda: [LoRA(rank=4, alpha=16.0, where="0|2")],
+        RATES,
+    )

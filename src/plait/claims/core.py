@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plait.claims.base import claim
-from plait.claims.parametrize import Task, accuracy, misfit, rotated, tuned
+from plait.claims.parametrize import Task, beside, misfit, rotated
 from plait.initialize.full_step import LoRASB
 from plait.parametrize.core import LoRAXS
 from plait.parametrize.low_rank import LoRA
@@ -20,10 +20,12 @@ RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 )
 def adapts_better_at_equal_size(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits; the output layer has 10 rows, so its core is of rank 10."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [LoRAXS(rank=12, where="0|2"), LoRAXS(rank=10, where="4")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=1)], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [LoRAXS(rank=12, where="0|2"), LoRAXS(rank=10, where="4")],
+        lambda: [LoRA(rank=1)],
+        RATES,
+    )
 
 
 @claim(
@@ -37,7 +39,10 @@ def adapts_better_at_equal_size(seed: int) -> tuple[float, float]:
 )
 def starts_better_than_the_weights_own_triplets(seed: int) -> tuple[float, float]:
     """Compare at 60 steps on 300 turned digits."""
-    task = Task(rotated, 300, 60, seed)
-    ours = tuned(seed, lambda: [LoRAXS(rank=8), LoRASB(batches=8, step_size=1e-3)], task, RATES)
-    theirs = tuned(seed, lambda: [LoRAXS(rank=8)], task, RATES)
-    return misfit(ours, task.test), misfit(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 60, seed),
+        lambda: [LoRAXS(rank=8), LoRASB(batches=8, step_size=1e-3)],
+        lambda: [LoRAXS(rank=8)],
+        RATES,
+        judge=misfit,
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plait.method import Method
+from plait.step.adam import AdamW
 from plait.train import train
 
 
@@ -46,6 +47,23 @@ def fitted(
     data = (inputs[:count], targets[:count])
     made = network(seed) if model is None else model
     return train(made, data, methods=methods, steps=steps, batch_size=batch_size, seed=seed).model.eval()
+
+
+def best_test_loss(
+    seed: int,
+    make: Callable[[], nn.Module],
+    methods: Sequence[Method],
+    rates: Sequence[float],
+    steps: int,
+) -> float:
+    """Return the loss on the last 797 digits after training on the first 1000, at the best of some rates of AdamW."""
+    inputs, targets = digits(seed)
+    found = []
+    for rate in rates:
+        model = fitted(seed, [*methods, AdamW(lr=rate)], count=1000, steps=steps, model=make())
+        with torch.no_grad():
+            found.append(float(F.cross_entropy(model(inputs[1000:]), targets[1000:])))
+    return min(found)
 
 
 @torch.no_grad()

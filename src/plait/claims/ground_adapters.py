@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plait.claims.base import claim
-from plait.claims.parametrize import ADAPTER_RATES, Task, accuracy, misfit, rotated, tuned
+from plait.claims.parametrize import ADAPTER_RATES, Task, beside, misfit, rotated, tuned
 from plait.gradient.factor_rate import LoRAPlus
 from plait.initialize.orthonormal import OLoRA
 from plait.parametrize.freeze import BitFit
@@ -23,10 +23,7 @@ RATES = (1e-2, 3e-2, 1e-1)
 )
 def scales_adapt_better_than_biases(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: IA3(outputs="0", inputs="2|4"), task, RATES)
-    theirs = tuned(seed, lambda: [BitFit()], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(Task(rotated, 300, 100, seed), lambda: IA3(outputs="0", inputs="2|4"), lambda: [BitFit()], RATES)
 
 
 @claim(
@@ -39,10 +36,7 @@ def scales_adapt_better_than_biases(seed: int) -> tuple[float, float]:
 )
 def biases_adapt(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [BitFit()], task, RATES)
-    theirs = tuned(seed, lambda: [BitFit(keep="4.bias")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(Task(rotated, 300, 100, seed), lambda: [BitFit()], lambda: [BitFit(keep="4.bias")], RATES)
 
 
 @claim(
@@ -55,10 +49,14 @@ def biases_adapt(seed: int) -> tuple[float, float]:
 )
 def fits_sooner_than_lora_alone(seed: int) -> tuple[float, float]:
     """Compare at 20 steps on 300 turned digits."""
-    task = Task(rotated, 300, 20, seed)
-    ours = tuned(seed, lambda: [LoRA(rank=4), OLoRA()], task, ADAPTER_RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4)], task, ADAPTER_RATES)
-    return misfit(ours, task.train), misfit(theirs, task.train)
+    return beside(
+        Task(rotated, 300, 20, seed),
+        lambda: [LoRA(rank=4), OLoRA()],
+        lambda: [LoRA(rank=4)],
+        ADAPTER_RATES,
+        judge=misfit,
+        on="train",
+    )
 
 
 @claim(

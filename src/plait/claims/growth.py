@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from plait.claims.base import claim
-from plait.claims.digits import digits
+from plait.claims.digits import best_test_loss, digits
 from plait.initialize.growth import MixtureGrowth
 from plait.method import Method
 from plait.step.adam import AdamW
@@ -48,15 +47,7 @@ def _members(seed: int) -> tuple[str, str]:
 @cache
 def _wide(seed: int, start: Method | None, steps: int) -> float:
     """Return the test loss of a network of width 64, at the best of three rates."""
-    inputs, targets = digits(seed)
-    found = []
-    for rate in RATES:
-        methods = [AdamW(lr=rate)] if start is None else [start, AdamW(lr=rate)]
-        model = _network(1000 + seed, 64)
-        train(model, (inputs[:1000], targets[:1000]), methods=methods, steps=steps, seed=seed)
-        with torch.no_grad():
-            found.append(float(F.cross_entropy(model(inputs[1000:]), targets[1000:])))
-    return min(found)
+    return best_test_loss(seed, partial(_network, 1000 + seed, 64), [] if start is None else [start], RATES, steps)
 
 
 @claim(

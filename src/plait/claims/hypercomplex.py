@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plait.claims.base import claim
-from plait.claims.parametrize import Task, accuracy, rotated, tuned
+from plait.claims.parametrize import Task, beside, rotated
 from plait.parametrize.hypercomplex import Compacter
 from plait.parametrize.low_rank import LoRA
 
@@ -20,7 +20,9 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 )
 def layers_behind_adapt_better_than_low_rank(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [Compacter(factors=4, width=8, where="0|2")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=2, where="0|2")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [Compacter(factors=4, width=8, where="0|2")],
+        lambda: [LoRA(rank=2, where="0|2")],
+        RATES,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plait.claims.base import claim
-from plait.claims.digits import digits
+from plait.claims.digits import best_test_loss, digits
 from plait.gradient.clip import Clip
 from plait.initialize.hypernetwork import Family, Hypernetwork, LoGAH
 from plait.method import Method
@@ -75,18 +75,15 @@ def _written(seed: int) -> str:
 
 
 @cache
+def _unseen(seed: int) -> Reader:
+    torch.manual_seed(1000 + seed)
+    return Reader(*UNSEEN)
+
+
 def _after(seed: int, written: bool, steps: int) -> float:
     """Return the test loss of the unseen network after some steps, at the best of three rates."""
-    inputs, targets = digits(seed)
-    found = []
-    for rate in RATES if steps > 1 else (1e-30,):
-        torch.manual_seed(1000 + seed)
-        model = Reader(*UNSEEN)
-        methods: list[Method] = [LoGAH(source=_written(seed))] if written else []
-        train(model, (inputs[:1000], targets[:1000]), methods=[*methods, AdamW(lr=rate)], steps=steps, seed=seed)
-        with torch.no_grad():
-            found.append(float(F.cross_entropy(model.eval()(inputs[1000:]), targets[1000:])))
-    return min(found)
+    start = [LoGAH(source=_written(seed))] if written else []
+    return best_test_loss(seed, partial(_unseen, seed), start, RATES if steps > 1 else (1e-30,), steps)
 
 
 @claim(

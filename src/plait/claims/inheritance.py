@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from plait.claims.base import claim
-from plait.claims.parametrize import Task, accuracy, digits, rotated, tuned
+from plait.claims.parametrize import Task, accuracy, beside, digits, rotated, tuned
 from plait.initialize.weight_svd import PiSSA
 from plait.method import Method
 from plait.parametrize.low_rank import LoRA
@@ -39,10 +39,7 @@ def _start(rank: int = 8) -> list[Method]:
 )
 def errs_less_after_wrong_labels(seed: int) -> tuple[float, float]:
     """Rank 8, 200 steps on 300 digits."""
-    task = _mislabelled(seed)
-    ours = tuned(seed, lambda: [*_start(), PENALTY], task, RATES)
-    theirs = tuned(seed, _start, task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(_mislabelled(seed), lambda: [*_start(), PENALTY], _start, RATES)
 
 
 @claim(

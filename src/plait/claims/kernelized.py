@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from plait.claims.base import claim
-from plait.claims.parametrize import Task, accuracy, rotated, tuned
+from plait.claims.parametrize import Task, beside, rotated
 from plait.method import Method, Now, method
 from plait.parametrize.base import attached
 from plait.parametrize.kernelized import SNELLA, strongest
@@ -26,10 +26,12 @@ KEPT = 0.2
 )
 def adapts_better_than_lora(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits; on them the authors' scale, 0.1, learns too slowly (seed 0)."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [SNELLA(rank=4, scale=1.0, sparsity=1 - KEPT, where="0|2")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4, where="0|2")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [SNELLA(rank=4, scale=1.0, sparsity=1 - KEPT, where="0|2")],
+        lambda: [LoRA(rank=4, where="0|2")],
+        RATES,
+    )
 
 
 @method
@@ -56,7 +58,9 @@ class _Cut(Method):
 )
 def competing_while_training_beats_cutting_at_the_end(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits; on them the authors' scale, 0.1, learns too slowly (seed 0)."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [SNELLA(rank=4, scale=1.0, sparsity=1 - KEPT, where="0|2")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4, where="0|2"), _Cut()], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [SNELLA(rank=4, scale=1.0, sparsity=1 - KEPT, where="0|2")],
+        lambda: [LoRA(rank=4, where="0|2"), _Cut()],
+        RATES,
+    )

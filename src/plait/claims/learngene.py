@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from plait.claims.base import claim
-from plait.claims.digits import digits
+from plait.claims.digits import best_test_loss, digits
 from plait.initialize.learngene import SWS, TLEG
 from plait.method import Method
 from plait.step.adam import AdamW
@@ -68,15 +67,7 @@ def _source(seed: int, made: Method | None, depth: int = TRAINED) -> str:
 @cache
 def _after(seed: int, depth: int, start: Method | None) -> float:
     """Return the test loss of a network of some depth after a short training, at the better of two rates."""
-    inputs, targets = digits(seed)
-    found = []
-    for rate in RATES:
-        methods = [AdamW(lr=rate)] if start is None else [start, AdamW(lr=rate)]
-        model = _fresh(seed, depth)
-        train(model, (inputs[:1000], targets[:1000]), methods=methods, steps=SHORT, seed=seed)
-        with torch.no_grad():
-            found.append(float(F.cross_entropy(model.eval()(inputs[1000:]), targets[1000:])))
-    return min(found)
+    return best_test_loss(seed, partial(_fresh, seed, depth), [] if start is None else [start], RATES, SHORT)
 
 
 @claim(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from plait.claims.base import claim
-from plait.claims.parametrize import Task, misfit, rotated, tuned
+from plait.claims.parametrize import Task, beside, misfit, rotated
 from plait.initialize.factor import RandomFactor
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.low_rank_dropout import LoRADropout
@@ -30,10 +30,9 @@ def noisy(images: Tensor) -> Tensor:
 )
 def overfits_less(seed: int) -> tuple[float, float]:
     """Compare at 200 steps on 60 digits."""
-    task = Task(noisy, 60, 200, seed)
-    ours = tuned(seed, lambda: [LoRADropout(rank=8)], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=8)], task, RATES)
-    return misfit(ours, task.test), misfit(theirs, task.test)
+    return beside(
+        Task(noisy, 60, 200, seed), lambda: [LoRADropout(rank=8)], lambda: [LoRA(rank=8)], RATES, judge=misfit
+    )
 
 
 @claim(
@@ -46,7 +45,10 @@ def overfits_less(seed: int) -> tuple[float, float]:
 )
 def init_a_beats_init_b(seed: int) -> tuple[float, float]:
     """Compare rank 4 at 40 steps on 300 digits."""
-    task = Task(rotated, 300, 40, seed)
-    ours = tuned(seed, lambda: [LoRA(rank=4), RandomFactor(factor="A")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4), RandomFactor(factor="B")], task, RATES)
-    return misfit(ours, task.test), misfit(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 40, seed),
+        lambda: [LoRA(rank=4), RandomFactor(factor="A")],
+        lambda: [LoRA(rank=4), RandomFactor(factor="B")],
+        RATES,
+        judge=misfit,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,20 @@ class Task:
         order = torch.randperm(797, generator=torch.Generator().manual_seed(seed)) + 1000
         x, y = change(images[order]), labels[order]
         self.train, self.choose, self.test = (x[:count], y[:count]), (x[400:500], y[400:500]), (x[500:], y[500:])
-        self.steps = steps
+        self.steps, self.seed = steps, seed
+
+
+def beside(
+    task: Task,
+    ours: Callable[[], Sequence[Method]],
+    theirs: Callable[[], Sequence[Method]],
+    rates: Sequence[float],
+    judge: Callable[[nn.Module, Pair], float] = accuracy,
+    on: Literal["test", "train"] = "test",
+) -> tuple[float, float]:
+    """Return the figures of two sets of methods, each at the best of the same learning rates."""
+    one, other = (tuned(task.seed, methods, task, rates) for methods in (ours, theirs))
+    return judge(one, getattr(task, on)), judge(other, getattr(task, on))
 
 
 ADAPTER_RATES, FULL_RATES = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3)
@@ -126,10 +140,7 @@ def adapts_better_than_the_last_layer(seed: int) -> tuple[float, float]:
 )
 def adapts_better_than_lora(seed: int) -> tuple[float, float]:
     """Compare at 60 steps on 300 turned digits."""
-    task = Task(rotated, 300, 60, seed)
-    ours = tuned(seed, lambda: DoRA(rank=2), task, ADAPTER_RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=2)], task, ADAPTER_RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(Task(rotated, 300, 60, seed), lambda: DoRA(rank=2), lambda: [LoRA(rank=2)], ADAPTER_RATES)
 
 
 @claim(
@@ -143,10 +154,14 @@ def adapts_better_than_lora(seed: int) -> tuple[float, float]:
 )
 def fits_sooner_than_lora(seed: int) -> tuple[float, float]:
     """Compare at 20 steps on 300 turned digits."""
-    task = Task(rotated, 300, 20, seed)
-    ours = tuned(seed, lambda: [SORSA(rank=4)], task, ADAPTER_RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4)], task, ADAPTER_RATES)
-    return misfit(ours, task.train), misfit(theirs, task.train)
+    return beside(
+        Task(rotated, 300, 20, seed),
+        lambda: [SORSA(rank=4)],
+        lambda: [LoRA(rank=4)],
+        ADAPTER_RATES,
+        judge=misfit,
+        on="train",
+    )
 
 
 @claim(
@@ -160,10 +175,7 @@ def fits_sooner_than_lora(seed: int) -> tuple[float, float]:
 )
 def generalizes_from_few_examples(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 40 digits with Gaussian noise."""
-    task = Task(noisy, 40, 100, seed)
-    ours = tuned(seed, lambda: [Mixout(p=0.7)], task, FULL_RATES[1:])
-    theirs = tuned(seed, list, task, FULL_RATES[1:])
-    return misfit(ours, task.test), misfit(theirs, task.test)
+    return beside(Task(noisy, 40, 100, seed), lambda: [Mixout(p=0.7)], list, FULL_RATES[1:], judge=misfit)
 
 
 def noisy(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from plait.claims.base import claim
-from plait.claims.parametrize import ADAPTER_RATES, Task, accuracy, digits, misfit, pretrained, rotated, tuned
+from plait.claims.parametrize import ADAPTER_RATES, Task, beside, digits, misfit, pretrained, rotated, tuned
 from plait.finish.quantize import Requantize
 from plait.initialize.quantization import LoftQ
 from plait.method import Method, Now
@@ -30,10 +30,7 @@ RATES = (1e-2,)
 )
 def four_bits_cost_little_accuracy(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits, at one learning rate: five seeds and 0.01 decided nothing."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: QLoRA(rank=4), task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4)], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(Task(rotated, 300, 100, seed), lambda: QLoRA(rank=4), lambda: [LoRA(rank=4)], RATES)
 
 
 def distance(seed: int, methods: list[Method]) -> float:
@@ -73,10 +70,14 @@ def starts_nearer_to_the_unquantized_network(seed: int) -> tuple[float, float]:
 )
 def fits_sooner_on_four_bits(seed: int) -> tuple[float, float]:
     """Compare at 20 steps on 300 turned digits."""
-    task = Task(rotated, 300, 20, seed)
-    ours = tuned(seed, lambda: [*QLoRA(rank=4), LoftQ(rounds=5)], task, ADAPTER_RATES)
-    theirs = tuned(seed, lambda: QLoRA(rank=4), task, ADAPTER_RATES)
-    return misfit(ours, task.train), misfit(theirs, task.train)
+    return beside(
+        Task(rotated, 300, 20, seed),
+        lambda: [*QLoRA(rank=4), LoftQ(rounds=5)],
+        lambda: QLoRA(rank=4),
+        ADAPTER_RATES,
+        judge=misfit,
+        on="train",
+    )
 
 
 @claim(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plait.claims.base import claim
-from plait.claims.parametrize import Task, accuracy, rotated, tuned
+from plait.claims.parametrize import Task, beside, rotated
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.rank_growth import TriAdaptLoRA
 
@@ -19,7 +19,6 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 )
 def growing_ranks_adapt_better_than_equal_ones(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits; ranks grow every five steps from the tenth on."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [TriAdaptLoRA(rank=4, most=10, period=5)], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4)], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed), lambda: [TriAdaptLoRA(rank=4, most=10, period=5)], lambda: [LoRA(rank=4)], RATES
+    )

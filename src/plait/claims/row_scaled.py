@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plait.claims.base import claim
-from plait.claims.parametrize import Task, misfit, rotated, tuned
+from plait.claims.parametrize import Task, beside, misfit, rotated
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.row_scaled import ALLoRA
 
@@ -19,10 +19,7 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 )
 def learns_sooner_than_lora(seed: int) -> tuple[float, float]:
     """Compare at 40 steps on 300 turned digits."""
-    task = Task(rotated, 300, 40, seed)
-    ours = tuned(seed, lambda: [ALLoRA(rank=4)], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4)], task, RATES)
-    return misfit(ours, task.test), misfit(theirs, task.test)
+    return beside(Task(rotated, 300, 40, seed), lambda: [ALLoRA(rank=4)], lambda: [LoRA(rank=4)], RATES, judge=misfit)
 
 
 @claim(
@@ -35,7 +32,6 @@ def learns_sooner_than_lora(seed: int) -> tuple[float, float]:
 )
 def learns_sooner_than_lora_without_a_scale(seed: int) -> tuple[float, float]:
     """Compare at 40 steps on 300 turned digits: all that differs is the gradients of the rows."""
-    task = Task(rotated, 300, 40, seed)
-    ours = tuned(seed, lambda: [ALLoRA(rank=4)], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4, alpha=4.0)], task, RATES)
-    return misfit(ours, task.test), misfit(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 40, seed), lambda: [ALLoRA(rank=4)], lambda: [LoRA(rank=4, alpha=4.0)], RATES, judge=misfit
+    )

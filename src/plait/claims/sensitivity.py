@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plait.claims.base import claim
-from plait.claims.parametrize import ADAPTER_RATES, Task, accuracy, misfit, rotated, tuned
+from plait.claims.parametrize import ADAPTER_RATES, Task, beside, misfit, rotated
 from plait.initialize.sensitivity import SPT
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.sparse_growth import SpIEL
@@ -20,10 +20,12 @@ SHARE = 0.11
 )
 def adapts_better_than_lora(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [SPT(share=SHARE, rank=4)], task, ADAPTER_RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4, where="0|2")], task, ADAPTER_RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [SPT(share=SHARE, rank=4)],
+        lambda: [LoRA(rank=4, where="0|2")],
+        ADAPTER_RATES,
+    )
 
 
 @claim(
@@ -35,10 +37,12 @@ def adapts_better_than_lora(seed: int) -> tuple[float, float]:
 )
 def sensitive_places_adapt_better_than_random_ones(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [SPT(share=SHARE, rank=4)], task, ADAPTER_RATES)
-    theirs = tuned(seed, lambda: [SpIEL(density=SHARE, growth="none")], task, ADAPTER_RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [SPT(share=SHARE, rank=4)],
+        lambda: [SpIEL(density=SHARE, growth="none")],
+        ADAPTER_RATES,
+    )
 
 
 @claim(
@@ -50,7 +54,11 @@ def sensitive_places_adapt_better_than_random_ones(seed: int) -> tuple[float, fl
 )
 def sensitive_places_fit_sooner_than_random_ones(seed: int) -> tuple[float, float]:
     """Compare at 5 steps on 300 turned digits: a place is sensitive if a step on it takes much from the loss."""
-    task = Task(rotated, 300, 5, seed)
-    ours = tuned(seed, lambda: [SPT(share=SHARE, rank=4)], task, ADAPTER_RATES)
-    theirs = tuned(seed, lambda: [SpIEL(density=SHARE, growth="none")], task, ADAPTER_RATES)
-    return misfit(ours, task.train), misfit(theirs, task.train)
+    return beside(
+        Task(rotated, 300, 5, seed),
+        lambda: [SPT(share=SHARE, rank=4)],
+        lambda: [SpIEL(density=SHARE, growth="none")],
+        ADAPTER_RATES,
+        judge=misfit,
+        on="train",
+    )

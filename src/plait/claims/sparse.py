@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from plait.claims.base import claim
-from plait.claims.parametrize import Task, accuracy, rotated, tuned
+from plait.claims.parametrize import Task, accuracy, beside, rotated, tuned
 from plait.method import Method
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.masked import RAMT
@@ -36,10 +36,12 @@ def moved(images: Tensor) -> Tensor:
 )
 def sparse_entries_adapt_better_than_low_rank(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [SpIEL(density=DENSITY, where="0|2")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=2, where="0|2")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [SpIEL(density=DENSITY, where="0|2")],
+        lambda: [LoRA(rank=2, where="0|2")],
+        RATES,
+    )
 
 
 @claim(
@@ -52,10 +54,12 @@ def sparse_entries_adapt_better_than_low_rank(seed: int) -> tuple[float, float]:
 )
 def moving_places_adapt_better_than_fixed_ones(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [SpIEL(density=DENSITY, where="0|2")], task, RATES)
-    theirs = tuned(seed, lambda: [SpIEL(density=DENSITY, where="0|2", growth="none")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [SpIEL(density=DENSITY, where="0|2")],
+        lambda: [SpIEL(density=DENSITY, where="0|2", growth="none")],
+        RATES,
+    )
 
 
 @claim(
@@ -69,10 +73,12 @@ def moving_places_adapt_better_than_fixed_ones(seed: int) -> tuple[float, float]
 )
 def sparse_entries_adapt_better_to_a_near_domain(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 moved digits."""
-    task = Task(moved, 300, 100, seed)
-    ours = tuned(seed, lambda: [SpIEL(density=DENSITY, where="0|2")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=2, where="0|2")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(moved, 300, 100, seed),
+        lambda: [SpIEL(density=DENSITY, where="0|2")],
+        lambda: [LoRA(rank=2, where="0|2")],
+        RATES,
+    )
 
 
 @claim(
@@ -86,10 +92,12 @@ def sparse_entries_adapt_better_to_a_near_domain(seed: int) -> tuple[float, floa
 )
 def a_fixed_mask_adapts_better_than_low_rank(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits, on other seeds than the claims above, which led to this one."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [SpIEL(density=DENSITY, where="0|2", growth="none")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=2, where="0|2")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [SpIEL(density=DENSITY, where="0|2", growth="none")],
+        lambda: [LoRA(rank=2, where="0|2")],
+        RATES,
+    )
 
 
 def learned_and_kept(seed: int, task: Task, methods: Callable[[], Sequence[Method]]) -> float:
@@ -125,10 +133,12 @@ def learns_and_keeps_more_than_low_rank(seed: int) -> tuple[float, float]:
 )
 def sparse_entries_help_a_low_rank_update(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 300 turned digits, with a factor of 4 in front of both updates."""
-    task = Task(rotated, 300, 100, seed)
-    ours = tuned(seed, lambda: [DSEE(rank=3, alpha=12.0, entries=128, sparsity=0.0, where="0|2")], task, RATES)
-    theirs = tuned(seed, lambda: [LoRA(rank=4, alpha=16.0, where="0|2")], task, RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(rotated, 300, 100, seed),
+        lambda: [DSEE(rank=3, alpha=12.0, entries=128, sparsity=0.0, where="0|2")],
+        lambda: [LoRA(rank=4, alpha=16.0, where="0|2")],
+        RATES,
+    )
 
 
 @claim(
@@ -163,10 +173,9 @@ MASK_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 )
 def gradient_dropout_helps_with_few_examples(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 100 moved digits."""
-    task = Task(moved, 100, 100, seed)
-    ours = tuned(seed, lambda: [RAMT(where="0|2")], task, MASK_RATES)
-    theirs = tuned(seed, lambda: [RAMT(drop=0.0, where="0|2")], task, MASK_RATES)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    return beside(
+        Task(moved, 100, 100, seed), lambda: [RAMT(where="0|2")], lambda: [RAMT(drop=0.0, where="0|2")], MASK_RATES
+    )
 
 
 @claim(
