@@ -77,7 +77,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> No
     started = subprocess.Popen(
         command, stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     )
-    folder = jobs([Recipe.read(path)], 1, tmp_path / "out")[0].folder
+    folder = jobs([Recipe.read(path)], 1, tmp_path / "out" / "runs")[0].folder
     until = time.monotonic() + 60
     while last_step(folder) is None and time.monotonic() < until:
         time.sleep(0.1)
@@ -130,7 +130,7 @@ def test_ray_gives_the_same_figures_and_a_killed_worker_is_tried_again(tmp_path:
         )
 
     killed = start("ray", "ray")
-    folder = jobs([Recipe.read(path)], 1, tmp_path / "ray")[0].folder
+    folder = jobs([Recipe.read(path)], 1, tmp_path / "ray" / "runs")[0].folder
     until = time.monotonic() + 90
     while not list(folder.glob("step-*")) and killed.poll() is None and time.monotonic() < until:
         time.sleep(0.05)

@@ -8,7 +8,7 @@ import pytest
 
 from plait.errors import BadInput
 from plait.recipe import Recipe
-from plait.workbench.compare import run_one
+from plait.workbench.local import run_one
 from plait.workbench.plan import fit, parse_memory, plan, probe_apart
 from plait.workbench.store import Job
 

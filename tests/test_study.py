@@ -126,8 +126,7 @@ def test_a_study_runs_and_goes_on_where_it_stopped(
     def refuse(*_: object) -> None:
         raise AssertionError("a finished run was run again")
 
-    monkeypatch.setattr("plait.workbench.run_study.run_one", refuse)
-    monkeypatch.setattr("plait.workbench.compare.run_one", refuse)
+    monkeypatch.setattr("plait.workbench.local.run_one", refuse)
     assert run_study(made, out, quiet=True)["tables"] == results["tables"]
 
 

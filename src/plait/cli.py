@@ -128,6 +128,7 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where it is kept [runs/A-vs-B].", show_default=False)] = None,
     engine: Annotated[str, typer.Option(help="local, or ray to spread the runs over a cluster.")] = "local",
+    workers: Annotated[int, typer.Option(help="How many runs at a time share the cores of this machine.")] = 1,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -142,10 +143,10 @@ def compare(
     from plait.workbench.study import is_study
 
     if any(is_study(path) for path in recipes):
-        _compare_study(recipes, [*(set_ or []), *([f"seeds={seeds}"] if seeds else [])], out, engine, as_json)
+        _compare_study(recipes, [*(set_ or []), *([f"seeds={seeds}"] if seeds else [])], out, engine, workers, as_json)
         return
     made = [Recipe.read(path, set_ or []) for path in recipes]
-    results = comparing.compare(made, seeds=seeds or 5, out=out, engine=engine)
+    results = comparing.compare(made, seeds=seeds or 5, out=out, engine=engine, workers=workers)
     if as_json:
         say({key: value for key, value in results.items() if key != "runs"})
     else:
@@ -155,14 +156,16 @@ def compare(
         raise typer.Exit(FAILED)
 
 
-def _compare_study(paths: list[Path], overrides: list[str], out: Path | None, engine: str, as_json: bool) -> None:
+def _compare_study(
+    paths: list[Path], overrides: list[str], out: Path | None, engine: str, workers: int, as_json: bool
+) -> None:
     """Run a study and print a line for each method."""
     from plait.workbench.run_study import run_study, summary
     from plait.workbench.study import Study
 
     if len(paths) > 1:
         raise BadInput(f"a study is compared by itself: give {paths[0]} alone, or recipes only.")
-    results = run_study(Study.read(paths[0], overrides), out, engine=engine)
+    results = run_study(Study.read(paths[0], overrides), out, engine=engine, workers=workers)
     if as_json:
         say(results)
         return

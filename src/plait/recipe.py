@@ -84,6 +84,7 @@ class Recipe(Section):
     methods: entries of the catalogue, in the order in which they act; in Python also methods themselves.
     task: "causal-language-modelling", "text-classification", ...; told from the data where it is not given. folded:
     measure the trained model once more with its adapters folded in, and with its weights then rounded to 4 bits.
+    validate_every: how many steps lie between two points of the validation curve; 0 takes ten points.
 
     >>> print(Recipe(model="minilm", data="tweets", methods=["lora", {"adamw": {"lr": 0.002}}]))
     name: recipe
@@ -100,6 +101,7 @@ class Recipe(Section):
     task: str | None = field(default=None, metadata=TEXT)
     seed: int = field(default=0, metadata=whole(0, 2**32 - 1))
     folded: bool = field(default=False, metadata=FLAG)
+    validate_every: int = field(default=0, metadata=whole(0))
     train: Train = field(default_factory=Train)
     methods: Sequence[Any] = ()
 

@@ -6,23 +6,20 @@ checkpoint.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from plait.errors import BadInput
 from plait.recipe import Recipe
 from plait.workbench.analysis import analyse, regroup
+from plait.workbench.local import run_all, threads
 from plait.workbench.store import Job, jobs
 
 Values = dict[str, Any]
-OnStep = Callable[[Job, Values], None]
 
 
 def compare(
@@ -30,10 +27,15 @@ def compare(
     *,
     seeds: int = 5,
     out: str | Path | None = None,
+    runs: str | Path | None = None,
     engine: str = "local",
+    workers: int = 1,
     quiet: bool = False,
 ) -> Values:
     """Run every recipe with every seed and return the results, which are also written to OUT with the page.
+
+    runs: the folder of the runs [OUT/runs]; comparisons that share it share the runs of equal recipes. workers: how
+    many runs at a time share the cores; their times are then not those of a run that has the machine to itself.
 
     Raises BadInput for recipes that cannot be compared, KeyboardInterrupt when Ctrl-C was pressed; what was finished
     then stays, and the same call goes on.
@@ -41,8 +43,10 @@ def compare(
     check(recipes, seeds)
     if engine not in ("local", "ray"):
         raise BadInput(f"engine must be local or ray, not '{engine}'.")
+    if not 1 <= workers <= (os.cpu_count() or 1):
+        raise BadInput(f"workers must be between 1 and the {os.cpu_count()} cores of this machine, not {workers}.")
     place = Path(out) if out is not None else Path("runs") / "-vs-".join(r.name for r in recipes)[:100]
-    todo = jobs(list(recipes), seeds, place)
+    todo = jobs(list(recipes), seeds, Path(runs) if runs is not None else place / "runs")
     check_on_models([r for r in recipes if any(job.recipe.name == r.name and job.finished() is None for job in todo)])
     with Bars(todo, quiet) as bars:
         left = [job for job in todo if job.finished() is None]
@@ -55,10 +59,9 @@ def compare(
             from plait.workbench.ray import run_all as run_on_ray
 
             run_on_ray(left, bars)
-        for job in left if engine == "local" else []:
-            run_one(job, bars.step)
-            bars.done(job, "failed" if job.finished() is None else "done")
-    return collect(recipes, todo, place)
+        else:
+            run_all(left, bars, workers)
+    return collect(recipes, todo, place, workers)
 
 
 def check(recipes: Sequence[Recipe], seeds: int) -> None:
@@ -111,57 +114,8 @@ def _short(value: Any) -> str:
     return str(held)
 
 
-# -- one run -------------------------------------------------------------------------------------------------------
-def run_one(job: Job, on_step: OnStep | None = None) -> None:
-    """Run a job in a process of its own, and wait for its end; its folder then holds results.json or failed.json."""
-    job.ready()
-    recipe = job.folder / "job.yaml"
-    job.recipe.write(recipe)
-    command = [sys.executable, "-m", "plait.workbench.worker", str(recipe), str(job.folder)]
-    with open(job.folder / "log.txt", "a", encoding="utf-8") as log:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
-        try:
-            _listen(child, job, on_step)
-        except BaseException:
-            # The run saves a checkpoint after the step under way; who cannot wait presses Ctrl-C again.
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(60)
-            child.kill()
-            child.wait()
-            raise
-    if job.finished() is None and job.failed() is None:
-        lines = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        _fail(job, _reason(child.returncode, lines))
-    if job.finished() is not None:
-        job.tidy()
-
-
-def _listen(child: subprocess.Popen[str], job: Job, on_step: OnStep | None) -> None:
-    assert child.stdout is not None
-    with child.stdout:
-        for line in child.stdout:
-            with contextlib.suppress(ValueError):
-                told = json.loads(line)
-                if on_step is not None and isinstance(told, dict) and "step" in told:
-                    on_step(job, told)
-    child.wait()
-
-
-def _reason(code: int, lines: list[str]) -> str:
-    if code == -9:
-        return "the system killed the process, most likely for want of memory: use `plait plan` on this recipe."
-    return f"the process ended with code {code}: {lines[-1] if lines else 'it said nothing'}"
-
-
-def _fail(job: Job, error: str) -> None:
-    from plait.workbench.run import write_json
-
-    write_json(job.folder / "failed.json", {"error": error})
-
-
 # -- results -------------------------------------------------------------------------------------------------------
-def collect(recipes: Sequence[Recipe], todo: Sequence[Job], place: Path) -> Values:
+def collect(recipes: Sequence[Recipe], todo: Sequence[Job], place: Path, workers: int = 1) -> Values:
     """Gather what the runs left, analyse it, and write results.json and report.html."""
     from plait.workbench.report import describe_methods, write_report
     from plait.workbench.run import write_json
@@ -186,7 +140,7 @@ def collect(recipes: Sequence[Recipe], todo: Sequence[Job], place: Path) -> Valu
             "Data": _data(first, runs),
             **({"Notes": "; ".join(notes)} if notes else {}),
             "Versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
-            "Machine": machine(),
+            "Machine": machine(workers),
             "Command": "plait compare " + " ".join(f"{r.name}.yaml" for r in recipes) + f" --seeds {len(seeds)}",
         },
         "versions": versions,
@@ -220,15 +174,17 @@ def _data(recipe: Recipe, runs: Sequence[Values]) -> str:
     )
 
 
-def machine() -> str:
-    """Return what the times were taken on."""
+def machine(workers: int = 1) -> str:
+    """Return what the times were taken on, and how many runs were there at a time."""
     import platform
 
     import torch
 
-    threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    cores = os.cpu_count() or 1
+    each = torch.get_num_threads() if workers == 1 else threads(workers)
+    shared = f"{each} of {cores} cores" + (f" for each of {workers} runs at a time" if workers > 1 else "")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.system()} {platform.machine()}, {threads}{gpu}"
+    return f"{platform.system()} {platform.machine()}, {shared}{gpu}"
 
 
 # -- progress ------------------------------------------------------------------------------------------------------

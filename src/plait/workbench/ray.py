@@ -24,7 +24,7 @@ RETRIES = 3
 def run_job(config: str, folder: str) -> dict[str, Any]:
     """Run one recipe in a process of its own on this machine, and return what it left: {file name: values}."""
     from plait.recipe import Recipe
-    from plait.workbench.compare import run_one
+    from plait.workbench.local import run_one
 
     job = Job(Recipe.parse(config), Path(folder))
     run_one(job)

@@ -222,7 +222,7 @@ def _train(
     from plait.workbench.memory import Gauge, load_libraries
 
     load_libraries(methods)
-    gauge, curve = Gauge(task.model), Curve(task, recipe.train.steps, folder)
+    gauge, curve = Gauge(task.model), Curve(task, recipe.validate_every or max(recipe.train.steps // 10, 1), folder)
     counted: list[int] = []
     with stoppable() as stop, Progress(recipe.name, recipe.train.steps, quiet) as progress, gauge:
 
@@ -246,14 +246,14 @@ def _train(
 
 
 class Curve:
-    """The loss on some validation examples at ten points of the run, kept in the folder when the run goes on later."""
+    """The loss on some validation examples every so many steps, kept in the folder when the run goes on later."""
 
     examples = 256
 
-    def __init__(self, task: Task, steps: int, folder: Path | None) -> None:
+    def __init__(self, task: Task, every: int, folder: Path | None) -> None:
         from plait.workbench.scores import Part
 
-        self.task, self.every, self.part = task, max(steps // 10, 1), Part(task.validation, self.examples)
+        self.task, self.every, self.part = task, every, Part(task.validation, self.examples)
         self.file = None if folder is None else folder / "curve.json"
         self.points: list[dict[str, float]] = []
         if self.file is not None and self.file.exists():

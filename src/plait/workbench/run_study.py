@@ -2,7 +2,8 @@
 
 OUT/sizes.json                    the size of each method, by track and task
 OUT/search/                       the runs of the search
-OUT/TRACK-TASK/                   a comparison: runs, results.json, report.html
+OUT/runs/                         the runs of the comparisons, which share those of equal recipes
+OUT/TRACK-TASK/                   a comparison: results.json, report.html
 OUT/study.json                    all of it in one file: what the study says, the rates, the tables, the versions
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from plait.errors import BadInput
 from plait.recipe import Recipe
-from plait.workbench.compare import Bars, compare, machine, run_one
+from plait.workbench.compare import Bars, compare, machine
+from plait.workbench.local import run_all
 from plait.workbench.run import versions, write_json
 from plait.workbench.store import Job, digest
 from plait.workbench.study import Study
@@ -25,7 +28,9 @@ from plait.workbench.tracks import sizes
 Values = dict[str, Any]
 
 
-def run_study(study: Study, out: str | Path | None = None, *, engine: str = "local", quiet: bool = False) -> Values:
+def run_study(
+    study: Study, out: str | Path | None = None, *, engine: str = "local", workers: int = 1, quiet: bool = False
+) -> Values:
     """Run what is not yet done of a study, and return all its results, which also lie in OUT/study.json.
 
     Raises BadInput for a study that cannot be run, KeyboardInterrupt when Ctrl-C was pressed; the same call goes on.
@@ -38,7 +43,7 @@ def run_study(study: Study, out: str | Path | None = None, *, engine: str = "loc
         for task in tasks
     }
     first = next(iter(study.tracks))
-    found = search(study, sized.get((first, study.search.task), {}), place / "search", quiet)
+    found = search(study, sized.get((first, study.search.task), {}), place / "search", workers, quiet)
     tables = {}
     for (track, task), given in sized.items():
         recipes = [
@@ -46,10 +51,18 @@ def run_study(study: Study, out: str | Path | None = None, *, engine: str = "loc
             for name in _order(study)
             if found[name]["factor"] is not None and given[name]["amount"] is not None
         ]
-        results = compare(recipes, seeds=study.seeds, out=place / f"{track}-{task}", engine=engine, quiet=quiet)
+        results = compare(
+            recipes,
+            seeds=study.seeds,
+            out=place / f"{track}-{task}",
+            runs=place / "runs",
+            engine=engine,
+            workers=workers,
+            quiet=quiet,
+        )
         tables[f"{track}, {task}"] = _table(results, given)
-        write_json(place / "study.json", _whole(study, found, tables))
-    return _whole(study, found, tables) | {"files": {"results": str(place / "study.json")}}
+        write_json(place / "study.json", _whole(study, found, tables, workers))
+    return _whole(study, found, tables, workers) | {"files": {"results": str(place / "study.json")}}
 
 
 def _order(study: Study) -> list[str]:
@@ -70,7 +83,9 @@ def _sizes(study: Study, track: str, task: str, path: Path) -> dict[str, Values]
 
 
 # -- the search ----------------------------------------------------------------------------------------------------
-def search(study: Study, sized: Mapping[str, Values], place: Path, quiet: bool = False) -> dict[str, Values]:
+def search(
+    study: Study, sized: Mapping[str, Values], place: Path, workers: int = 1, quiet: bool = False
+) -> dict[str, Values]:
     """Return, by method, the factor of its rate with the lowest validation loss, and what each trial gave."""
     size = {name: sized.get(name, {}).get("size") for name in _order(study)}
     trials = {
@@ -79,15 +94,17 @@ def search(study: Study, sized: Mapping[str, Values], place: Path, quiet: bool =
     }
     todo = [job for jobs in trials.values() for job in jobs.values()]
     with Bars(todo, quiet) as bars:
+        left = [job for job in todo if job.finished() is None]
         for job in todo:
-            if job.finished() is None:
-                run_one(job, bars.step)
-            bars.done(job, "failed" if job.finished() is None else "done")
+            if job not in left:
+                bars.done(job, "kept")
+        run_all(left, bars, workers)
     return {name: _best(study, name, jobs) for name, jobs in trials.items()}
 
 
 def _trial(study: Study, name: str, size: int | None, factor: float, place: Path) -> Job:
-    recipe: Recipe = study.recipe(name, study.search.task, size, factor).seeded(study.search.seed)
+    made: Recipe = study.recipe(name, study.search.task, size, factor).seeded(study.search.seed)
+    recipe = replace(made, folded=False)  # a trial is judged by its validation loss alone
     return Job(recipe, place / f"{name}-{digest(recipe)}" / f"seed-{study.search.seed}")
 
 
@@ -142,13 +159,13 @@ def _words(warnings: Sequence[Mapping[str, str]]) -> list[str]:
     return [warning["text"] for warning in warnings if warning["kind"] in ("failed", "seeds", "skipped")]
 
 
-def _whole(study: Study, found: Mapping[str, Values], tables: Mapping[str, Values]) -> Values:
+def _whole(study: Study, found: Mapping[str, Values], tables: Mapping[str, Values], workers: int) -> Values:
     return {
         "study": study.config(),
         "rates": dict(found),
         "tables": dict(tables),
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine(workers),
     }
 
 

@@ -64,11 +64,11 @@ def digest(recipe: Recipe) -> str:
     return hashlib.sha256(str(recipe.seeded(0)).encode()).hexdigest()[:8]
 
 
-def jobs(recipes: list[Recipe], seeds: int, out: Path) -> list[Job]:
+def jobs(recipes: list[Recipe], seeds: int, runs: Path) -> list[Job]:
     """Return the runs of a comparison, seed by seed, so that a comparison cut short has whole pairs."""
     made = []
     for seed in range(seeds):
         for recipe in recipes:
-            folder = out / "runs" / f"{recipe.name}-{digest(recipe)}" / f"seed-{recipe.seed + seed}"
+            folder = runs / f"{recipe.name}-{digest(recipe)}" / f"seed-{recipe.seed + seed}"
             made.append(Job(recipe.seeded(recipe.seed + seed), folder))
     return made
