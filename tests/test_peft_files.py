@@ -25,6 +25,7 @@ from plait.parametrize.folding import fold
 from plait.parametrize.freeze import mark_fresh
 from plait.parametrize.low_rank import DoRA, LoRA
 from plait.parametrize.mixout import Mixout
+from plait.parametrize.quantized import Quantize, forget_originals
 from plait.parametrize.singular import SORSA
 from plait.parametrize.update import update_of
 
@@ -314,6 +315,29 @@ def test_layers_of_other_kinds_that_were_trained_are_taken_along_whole(tmp_path:
     again = load_adapter(copy.deepcopy(base), tmp_path).eval()
     torch.testing.assert_close(again(inputs), model.eval()(inputs), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(peft_reads(base, tmp_path)(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_files_made_for_a_base_that_is_quantized_otherwise_are_refused(tmp_path: Path) -> None:
+    def base(**form: Any) -> nn.Module:
+        model = tiny_llama()
+        Quantize(**form).parametrize(model)
+        return model
+
+    made = base()
+    LoRA(rank=2).parametrize(made)
+    save_adapter(made, tmp_path)
+    load_adapter(base(), tmp_path)
+    load_adapter(forget_originals(base()), tmp_path)
+    load_adapter(tiny_llama(), tmp_path)  # the weights before they were rounded
+    for other in (base(bits=8), forget_originals(base(bits=8))):
+        with pytest.raises(BadInput) as caught:
+            load_adapter(other, tmp_path)
+        assert str(caught.value) == (
+            f"the adapter in {tmp_path} was made for a base that is quantized otherwise: "
+            "'model.layers.0.self_attn.q_proj.weight' as 4-bit nf4 in groups of 64, its scales quantized too, here as "
+            "8-bit int by rows; quantize this one alike, or give any_base=True if you mean this one."
+        )
+    load_adapter(base(bits=8), tmp_path, any_base=True)
 
 
 def test_files_made_for_another_base_are_refused(tmp_path: Path) -> None:

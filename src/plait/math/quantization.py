@@ -44,6 +44,15 @@ class Form:
     group: int
     double: bool = False
 
+    def __str__(self) -> str:
+        """Say it in words.
+
+        >>> print(Form(bits=4, format="nf4", group=64, double=True))
+        4-bit nf4 in groups of 64, its scales quantized too
+        """
+        where = f"in groups of {self.group}" if self.group else "by rows"
+        return f"{self.bits}-bit {self.format} {where}{', its scales quantized too' if self.double else ''}"
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the tensors that hold a coded matrix."""

@@ -2,7 +2,9 @@
 
 A digest is of the shape and of at most 4096 evenly spaced numbers, rounded to bfloat16, so that a base is the same one
 whether it is loaded in float32 or in bfloat16, and taking it costs no time. (Numbers that were rounded to float16 first
-may round otherwise; such bases are not compared.)
+may round otherwise; such bases are not compared.) The digest of a quantized weight ends in how it is quantized: an
+adapter that was trained on rounded weights has learned what their rounding lost, so two quantized bases must be rounded
+alike. A quantized and a plain one are not told apart: an adapter of the one is often put on the other.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.math.packed import unrounded
+from plait.math.packed import Packed, unrounded
 
 SAMPLE = 4096
 """How many numbers of a weight are looked at."""
@@ -27,15 +29,21 @@ Origin = Mapping[str, str]
 
 
 def digest(weight: Tensor) -> str | None:
-    """Return the digest of a weight; None where its numbers are of another type, or not at hand (quantized, sharded, on
-    the meta device).
+    """Return the digest of a weight, "NUMBERS", "NUMBERS FORM" or " FORM"; None where it has neither part.
+
+    NUMBERS: empty where the numbers are of another type, or not at hand (quantized and let go, sharded, on the meta
+    device). FORM: how a weight of plait's own is quantized.
 
     >>> digest(torch.ones(3)) == digest(torch.ones(3, dtype=torch.bfloat16)) != digest(torch.zeros(3))
     True
     """
-    numbers = unrounded(weight.detach())
+    form = str(weight.form) if isinstance(weight, Packed) else ""
+    return f"{_numbers(unrounded(weight.detach()))} {form}".rstrip() or None
+
+
+def _numbers(numbers: Tensor) -> str:
     if type(numbers) not in (Tensor, nn.Parameter) or numbers.is_meta or numbers.dtype not in COMPARED:
-        return None
+        return ""
     spaced = numbers.reshape(-1)[:: max(numbers.numel() // SAMPLE, 1)][:SAMPLE]
     made = hashlib.sha256(f"{tuple(numbers.shape)}\n".encode())
     made.update(spaced.to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
@@ -69,10 +77,21 @@ def refuse_another_base(model: nn.Module, origin: Origin, source: str, beside: C
     beside: parameters that the adapter brings along itself. What one side has no digest of is not compared.
     """
     own = origin_of(model)
-    common = [name for name in origin if name in own and name not in beside]
-    other = [name for name in common if own[name] != origin[name]]
+    both = {
+        name: (own[name].partition(" "), origin[name].partition(" "))
+        for name in origin
+        if name in own and name not in beside
+    }
+    common = [name for name, (mine, given) in both.items() if mine[0] and given[0]]
+    other = [name for name in common if both[name][0][0] != both[name][1][0]]
     if other:
         raise BadInput(
             f"{source} was made for another base: {len(other)} of {len(common)} weights, '{other[0]}' first, are not "
             "those it was trained on; load that model, or give any_base=True if you mean this one."
         )
+    for name, (mine, given) in both.items():
+        if mine[2] and given[2] and mine[2] != given[2]:
+            raise BadInput(
+                f"{source} was made for a base that is quantized otherwise: '{name}' as {given[2]}, here as {mine[2]}; "
+                "quantize this one alike, or give any_base=True if you mean this one."
+            )
