@@ -98,6 +98,25 @@ def test_randlora_is_pefts_sum_when_the_bases_are_paired(name: str) -> None:
     torch.testing.assert_close(layer(inputs), other(inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("into", "out"), [(12, 20), (20, 12)])
+def test_randlora_without_and_with_the_weight_formed_is_the_same(into: int, out: int) -> None:
+    """Few tokens go through the factors, many through the weight: one batch of many gives what its parts give."""
+    layer = nn.Linear(into, out)
+    RandLoRA(rank=5, alpha=2.0).parametrize(nn.Sequential(layer))
+    ((_, _, part),) = attached(layer, RandomBases)
+    with torch.no_grad():
+        part.l.normal_(generator=torch.Generator().manual_seed(1))
+    many = torch.randn(64, into, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    assert part.fast(layer, many, lambda: layer(many)) is None
+    assert part.fast(layer, many[:4], lambda: layer(many[:4])) is not None
+    found = []
+    for parts in ([many], many.split(4)):
+        output = torch.cat([layer(x) for x in parts])
+        found.append([output, *torch.autograd.grad(output.square().sum(), [many, part.l, part.g])])
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(whole, pieces, rtol=1e-4, atol=1e-4)
+
+
 def test_layers_of_one_size_share_their_bases() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     RandLoRA(rank=2).parametrize(model)

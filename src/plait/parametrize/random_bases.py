@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -10,27 +12,30 @@ from torch import Tensor, nn
 
 from plait.catalogue import paper
 from plait.fields import Count, Positive, Size
+from plait.layers import is_transformers_conv1d, matrix
 from plait.method import Method, method
 from plait.parametrize.base import Adapter, Parametrization
-from plait.parametrize.low_rank import adapter_dtype, check_rank
+from plait.parametrize.low_rank import adapter_dtype, check_rank, low_rank_output
 
 
 class Bases:
-    """A [rank, small] and B_1 ... B_n [n, large, rank], uniform with variance 1."""
+    """A [rank, small] and B_1 ... B_n [n, large, rank], uniform with variance 1; the B_j lie side by side in memory."""
 
     def __init__(self, seed: int, rank: int, small: int, large: int) -> None:
         draw, count = torch.Generator().manual_seed(seed), math.ceil(small / rank)
-        self.a, self.b = (
+        self.a, drawn = (
             math.sqrt(3) * (2 * torch.rand(*shape, generator=draw) - 1)
             for shape in ((rank, small), (count, large, rank))
         )
+        self._beside = drawn.transpose(0, 1).flatten(1)
+        self.b = self._beside.view(large, count, rank).transpose(0, 1)
         self._moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def like(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A and the B_j where, and as precise as, a tensor is; moved once."""
+        """Return A [rank, small] and [B_1 ... B_n] [large, n * rank], placed and typed like a tensor; moved once."""
         key = (tensor.device, tensor.dtype)
         if key not in self._moved:
-            self._moved[key] = self.a.to(tensor), self.b.to(tensor)
+            self._moved[key] = self.a.to(tensor), self._beside.to(tensor)
         return self._moved[key]
 
 
@@ -47,6 +52,21 @@ def bases(seed: int, rank: int, small: int, large: int) -> Bases:
     return found
 
 
+class _Scaled(torch.autograd.Function):
+    """diag(l_j) A diag(g_j) for all j, [n * rank, small], which keeps no more than l, g and A for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, l: Tensor, a: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(l, a, g)
+        return (l.unsqueeze(2) * a * g.unsqueeze(1)).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        l, a, g = ctx.saved_tensors
+        moved = grad.view(*l.shape, -1) * a
+        return (moved * g.unsqueeze(1)).sum(2), None, (moved * l.unsqueeze(2)).sum(1)
+
+
 class RandomBases(Parametrization):
     """W -> W + scale * sum_j B_j diag(l_j) A diag(g_j), or its transpose if out < in; l: [n, rank], g: [n, small]."""
 
@@ -58,12 +78,32 @@ class RandomBases(Parametrization):
         self.l = nn.Parameter(torch.zeros(count, rank, dtype=kind))
         self.g = nn.Parameter(torch.full((count, small), 1 / max(count, small), dtype=kind))
 
-    def dense(self, weight: Tensor) -> Tensor:
-        """Return W plus the sum over the bases, as one product of [large, n * rank] and [n * rank, small]."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the update as a product of [B_1 ... B_n] [large, n * rank] and the scaled A [n * rank, small]."""
         a, b = self._bases.like(self.l)
-        inner = (self.l.unsqueeze(2) * a * self.g.unsqueeze(1)).flatten(0, 1)
-        update = b.transpose(0, 1).flatten(1) @ inner
+        scaled: Tensor = _Scaled.apply(self.l, a, self.g)  # type: ignore[no-untyped-call]
+        return b, scaled
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """Return W plus the sum over the bases, as one product."""
+        b, scaled = self.factors()
+        update = b @ scaled
         return (weight.to(update.dtype) + self.scale * (update if self.tall else update.t())).to(weight.dtype)
+
+    def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:
+        """Return W x + scale * B (S x) for the two factors of the update, where few tokens make that the cheaper way.
+
+        Forming the weight takes 2 L s^2 + t L s products for t tokens and sides L >= s, this t s (2 L + 3 s), and keeps
+        no weight for the backward pass: it may take half as much again.
+        """
+        if not (isinstance(layer, nn.Linear) or is_transformers_conv1d(layer)):
+            return None
+        small, large = sorted(matrix(layer, layer.weight).shape)  # type: ignore[arg-type]
+        if inputs.numel() // inputs.shape[-1] * (large + 6 * small) > 6 * large * small:
+            return None
+        b, scaled = self.factors()
+        a, b = (scaled, b) if self.tall else (b.t(), scaled.t())
+        return low_rank_output(self, layer, inputs, below, a, b, self.scale)
 
 
 @paper("albert2025randlora", key="randlora")
@@ -76,7 +116,8 @@ class RandLoRA(Adapter):
     n * (rank + min(out, in)) numbers are trained a layer, and the update can be of full rank: a larger rank trains
     FEWER. A stands once, the B_j are each their own; layers of the same size share them, and they are drawn anew from
     `seed`, not saved. Base j goes with row j of l and g throughout (peft's flattening pairs them otherwise), and the
-    bases are float32 (bfloat16 there). The weight is formed at each step: n * rank is no less than its smaller side.
+    bases are float32 (bfloat16 there). With many tokens in a batch the weight is formed at each step: n * rank is
+    no less than its smaller side.
 
     >>> model = nn.Sequential(nn.Linear(6, 8))
     >>> RandLoRA(rank=3).parametrize(model)
