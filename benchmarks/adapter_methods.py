@@ -2,6 +2,8 @@
 
     python benchmarks/adapter_methods.py [--methods dora ia3] [--rounds 3] [--save]
 
+--save writes what was measured, and keeps what the results file has of other methods.
+
 float32, one thread, 4 x 128 tokens, all linear layers but the output layer (IA3: k, v and down), equal sizes. Time: the
 two steps take turns in one process, the ratio is of the fastest rounds. Memory: each in a process of its own, the
 highest resident memory above the loaded model. Geometric means over the methods stand last.
@@ -119,6 +121,9 @@ def main() -> None:
         }
         print(name, json.dumps(found[name]), flush=True)
         gc.collect()
+    if given.save and RESULTS.exists():
+        earlier = json.loads(RESULTS.read_text())["methods"]
+        found = {name: found.get(name, earlier.get(name)) for name in pairs() if name in found or name in earlier}
     result = {
         "what": "SmolLM2-135M, float32, one thread, 4 x 128 tokens, all linear layers",
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
