@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from plait import __version__ as plait_version
 from plait.claims import base as claims
 from plait.cli import app
 from plait.workbench import find, index
@@ -288,6 +289,7 @@ def test_words_that_nothing_fits_are_said_so() -> None:
 @pytest.mark.parametrize(
     ("typed", "says"),
     [
+        (["--vershun"], "plait: No such option: --vershun"),
         (["lst"], "plait: No such command 'lst'. Did you mean 'list'"),
         (["compare", "--sedes", "3", "a.yaml"], "plait: No such option: --sedes"),
         (["show"], "plait: Missing argument"),
@@ -299,6 +301,11 @@ def test_a_mistyped_command_is_one_sentence(typed: list[str], says: str) -> None
     assert refused.exit_code == 2
     assert refused.stderr.startswith(says)
     assert refused.stderr.count("\n") == 1
+
+
+def test_it_says_its_version() -> None:
+    said = plait("--version")
+    assert (said.exit_code, said.stdout) == (0, f"plait {plait_version}\n")
 
 
 def test_an_unfinished_run_is_not_exported() -> None:

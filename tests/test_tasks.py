@@ -315,3 +315,9 @@ def test_importing_tasks_imports_no_heavy_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
     assert done.returncode == 0
+
+
+def test_a_first_batch_without_a_target_that_counts_is_said() -> None:
+    data = (torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.full((8,), IGNORE))
+    with pytest.warns(UserWarning, match="every target of the first batch is -100, which is left out"):
+        plait.train(nn.Linear(4, 3), data, steps=2, batch_size=4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -38,12 +38,26 @@ class Commands(TyperGroup):
             typer.echo(f"plait: {said}", err=True)
             raise typer.Exit(BAD_INPUT) from None
         except UsageError as problem:
-            said = problem.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
-            command = f"{ctx.command_path} {ctx.invoked_subcommand or ''}".rstrip()
-            typer.echo(f"plait: {said} (see {command} --help).", err=True)
-            raise typer.Exit(BAD_INPUT) from None
+            _mistyped(problem, f"{ctx.command_path} {ctx.invoked_subcommand or ''}".rstrip())
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options that stand before the command."""
+        given = list(args)
+        try:
+            rest: list[str] = super().parse_args(ctx, args)
+        except UsageError as problem:
+            if not given:
+                raise  # the help, which `plait` alone asks for
+            _mistyped(problem, ctx.command_path)
+        return rest
+
+
+def _mistyped(problem: Exception, command: str) -> NoReturn:
+    said = problem.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
+    typer.echo(f"plait: {said} (see {command} --help).", err=True)
+    raise typer.Exit(BAD_INPUT) from None
 
 
 app = typer.Typer(
@@ -55,6 +69,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from plait import __version__
+
+        typer.echo(f"plait {__version__}")
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say it.")] = False,
+) -> None:
+    """Take what stands before a command."""
+
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
 Overrides = Annotated[

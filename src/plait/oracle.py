@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plait.batch import weighted_sum
+from plait.batch import IGNORE, Batch, weighted_sum
 from plait.errors import BadInput
 from plait.method import Ask, Method, Misfit, Now
 from plait.passes import reversible, rewind
@@ -30,6 +31,7 @@ def oracle(engine: Any, misfit: Misfit, methods: Sequence[Method], accumulate: i
         parts = list(whole.split(engine.micro_batches(len(whole), accumulate)))
         value = torch.zeros((), device=whole.weight.device)
         now.share = engine.scale / max(len(whole), 1)
+        _say_uncounted(whole, now)
         for number, part in enumerate(parts, 1):
             with engine.synchronized(model, last=number == len(parts)), engine.watching(model, methods, now):
                 now.batch, now.output = part, engine.call(model, part.inputs)
@@ -51,6 +53,16 @@ def oracle(engine: Any, misfit: Misfit, methods: Sequence[Method], accumulate: i
         return mean
 
     return scaled(engine, ask) if engine.lower is torch.float16 else ask
+
+
+def _say_uncounted(batch: Batch, now: Now) -> None:
+    """Warn where every target of a run's first batch is the one that is left out: such a batch teaches nothing."""
+    if now.step == 0 and not batch.target.is_floating_point() and bool((batch.target == IGNORE).all()):
+        warnings.warn(
+            f"every target of the first batch is {IGNORE}, which is left out, so its loss is 0: see that "
+            "answers are not cut off by the length.",
+            stacklevel=2,
+        )
 
 
 def _refuse_constants(added: list[tuple[Method, Any]], methods: Sequence[Method], now: Now) -> None:
