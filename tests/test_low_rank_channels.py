@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from plait import LOST, AdamW, LoRA, train
+from plait import LOST, LoRA, train
 from plait.errors import BadInput
 from plait.method import Method
 from plait.parametrize.base import attached, dense_weight
@@ -75,33 +74,6 @@ def test_a_convolutions_channels_come_whole() -> None:
     image = torch.randn(2, 4, 5, 5)
     expected = nn.functional.conv2d(image, dense_weight(layer), layer.bias, padding=1)
     torch.testing.assert_close(layer(image), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_layers_weight_is_neither_trained_nor_used() -> None:
-    layer, _ = one()
-    output, other = layer(X), copy.deepcopy(layer)
-    with torch.no_grad():
-        other.weight.fill_(float("nan"))
-    assert torch.equal(other(X), output)
-    output.sum().backward()
-    assert layer.weight.grad is None
-
-
-def test_no_matrix_of_the_weights_size_is_kept_for_the_backward_pass() -> None:
-    kept: list[int] = []
-    layer, part = one(nn.Linear(40, 30), rank=2, density=0.1)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
-        layer(torch.randn(3, 40))
-    assert max(kept) <= max(part.A.numel(), part.B.numel(), part.values.numel(), 3 * 40) < layer.weight.numel() / 4
-
-
-def test_it_learns_and_saves(tmp_path: Any) -> None:
-    target = torch.randn(10, 20, generator=torch.Generator().manual_seed(9))
-    methods = [LOST(rank=3, density=0.2), AdamW(lr=1e-2)]
-    run = train(net(), (X, target), methods=methods, steps=120, batch_size=10, folder=tmp_path)
-    assert run.history[-1]["objective"] < 0.6 * run.history[0]["objective"]
-    again = train(net(), (X, target), methods=methods, steps=120, batch_size=10, folder=tmp_path)
-    assert torch.equal(again.model(X), run.model(X))
 
 
 @pytest.mark.parametrize(
