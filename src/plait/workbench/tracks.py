@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384)
 """The sizes that a track chooses from: steps of a fifth to a third, as ranks are usually written."""
-SLACK = 1.02
-"""What counts as equal memory: sizes are steps, and so are bytes."""
 
 
 def sizes(study: Study, track: str, task: str) -> dict[str, Values]:
@@ -54,7 +52,7 @@ def sizes(study: Study, track: str, task: str) -> dict[str, Values]:
             size, counted = None, budget if name == study.reference else amount(0)
         else:
             size, counted = nearest(amount, budget) if track == "parameters" else largest(amount, budget)
-        fits = counted is not None and (counted <= budget * SLACK if track == "memory" else near(counted, budget))
+        fits = counted is not None and (counted <= budget if track == "memory" else near(counted, budget))
         found[name] = {"size": size, "amount": counted, "fits": fits}
     return found
 
@@ -73,7 +71,7 @@ def nearest(amount: Callable[[int], int | None], budget: int) -> tuple[int | Non
     least = amount(SIZES[0])
     tried = list(SIZES)
     if least is not None and least <= budget:  # else more size may be fewer parameters: look at every size
-        below = largest(amount, budget, slack=1.0)[0] or 1
+        below = largest(amount, budget)[0] or 1
         tried = [size for size in SIZES if size >= below][:2]
     found = {size: n for size in tried if (n := amount(size)) is not None and n > 0}
     if not found:
@@ -82,22 +80,26 @@ def nearest(amount: Callable[[int], int | None], budget: int) -> tuple[int | Non
     return best, found[best]
 
 
-def largest(amount: Callable[[int], int | None], budget: int, slack: float = SLACK) -> tuple[int | None, int | None]:
-    """Return the largest size whose amount is within the budget, by bisection, and that amount; the least if none is.
+def largest(amount: Callable[[int], int | None], budget: int) -> tuple[int | None, int | None]:
+    """Return the size that comes nearest to the budget without passing it, by bisection, and its amount; the least amount
+    if none is within. A larger size may amount to more or to less.
 
     >>> largest(lambda size: 10 * size, 65)
     (6, 60)
+    >>> largest(lambda size: 384 // size, 65)
+    (6, 64)
     """
-    low, high = 0, len(SIZES) - 1
-    best: tuple[int | None, int | None] = (SIZES[0], amount(SIZES[0]))
+    ends = {size: n for size in (SIZES[0], SIZES[-1]) if (n := amount(size)) is not None}
+    order = SIZES if ends.get(SIZES[-1], math.inf) > ends.get(SIZES[0], math.inf) else SIZES[::-1]
+    low, high, best = 0, len(order) - 1, order[0]
     while low <= high:
         middle = (low + high + 1) // 2
-        counted = amount(SIZES[middle])
-        if counted is not None and counted <= budget * slack:
-            best, low = (SIZES[middle], counted), middle + 1
+        counted = amount(order[middle])
+        if counted is not None and counted <= budget:
+            best, low = order[middle], middle + 1
         else:
             high = middle - 1
-    return best
+    return best, amount(best)
 
 
 def what_counts(recipe: Recipe) -> str:
