@@ -81,8 +81,9 @@ def nearest(amount: Callable[[int], int | None], budget: int) -> tuple[int | Non
 
 
 def largest(amount: Callable[[int], int | None], budget: int) -> tuple[int | None, int | None]:
-    """Return the size that comes nearest to the budget without passing it, by bisection, and its amount; the least amount
-    if none is within. A larger size may amount to more or to less.
+    """Return the size that comes nearest to the budget without passing it, by bisection, and its amount.
+
+    A larger size may amount to more or to less; where none is within the budget, the one with the least is returned.
 
     >>> largest(lambda size: 10 * size, 65)
     (6, 60)
