@@ -400,6 +400,10 @@ def test_what_cannot_work_is_refused_and_changes_nothing(tmp_path: Path) -> None
         (lambda: adapters.add("b", None), "an adapter comes from a folder or from a trained model, not from None."),
         (lambda: adapters.add("b", foreign, rank=1.5), "rank is 1.5: give a whole number of at least 1."),
         (lambda: adapters.mixed("a").__enter__(), "`mixed` got 'a': give a list of names"),
+        (lambda: adapters.mixed(3).__enter__(), "`mixed` got 3: give a list of names"),
+        (lambda: adapters.swap(None, tmp_path), "None stands for the base alone, which cannot be swapped"),
+        (lambda: adapters.remove(None), "None stands for the base alone, which cannot be removed"),
+        (lambda: adapters.save(None, tmp_path), "None stands for the base alone, which cannot be saved"),
     ]
     for call, says in cases:
         with pytest.raises(BadInput) as caught:

@@ -117,6 +117,17 @@ def test_randlora_without_and_with_the_weight_formed_is_the_same(into: int, out:
         torch.testing.assert_close(whole, pieces, rtol=1e-4, atol=1e-4)
 
 
+def test_randlora_is_trained_after_it_was_used_for_inference_and_is_mapped_over() -> None:
+    layer = nn.Linear(8, 8).double()
+    RandLoRA(rank=2).parametrize(nn.Sequential(layer))
+    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.plait.randlora.l.grad is not None  # type: ignore[union-attr]
+    torch.testing.assert_close(torch.vmap(layer)(x.unsqueeze(1)).squeeze(1), layer(x))
+
+
 def test_layers_of_one_size_share_their_bases() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     RandLoRA(rank=2).parametrize(model)

@@ -79,6 +79,11 @@ class Adapters:
             raise BadInput(f"there is no adapter '{name}'{did_you_mean(name, self._place) or ': add it first'}.")
         return self._place[name]
 
+    def _named(self, name: str | None, done: str) -> int:
+        if name is None:
+            raise BadInput(f"None stands for the base alone, which cannot be {done}: name an adapter.")
+        return self._at(name)
+
     # -- choosing ------------------------------------------------------------------------------------------------------
     def switch(self, name: str | None) -> None:
         """Use an adapter for all rows from now on; None: the base alone."""
@@ -96,7 +101,7 @@ class Adapters:
         backwards = next((n for n, m in self.model.named_modules() if getattr(m, "batch_first", True) is False), None)
         if backwards is not None:
             raise BadInput(f"rows cannot be mixed: '{backwards}' has the batch second; build it with batch_first=True.")
-        if not names or isinstance(names, str):
+        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
             raise BadInput(f"`mixed` got {names!r}: give a list of names, one for each row of the batch.")
         self._refuse_folded()
         before = self._choice.rows
@@ -134,14 +139,14 @@ class Adapters:
 
         A batch that is under way must end first. Arguments, and what is returned, as those of `add`.
         """
-        place = self._at(name)
+        place = self._named(name, "swapped")
         update = self._read(source, rank, any_base)
         self._put(place, update)
         return update.error
 
     def remove(self, name: str) -> None:
         """Remove an adapter; the base alone is used if it was the active one. After the last, the model is plain."""
-        place = self._at(name)
+        place = self._named(name, "removed")
         if self.active == name:
             self.switch(None)
         del self._place[name]
@@ -154,7 +159,7 @@ class Adapters:
         """Write an adapter as PEFT's files for the untouched base; return the folder."""
         from plait.integrations.peft import write_update
 
-        place, update = self._at(name), Update(origin=self._origin)
+        place, update = self._named(name, "saved"), Update(origin=self._origin)
         for layer_name, _, held in self._held():
             if isinstance(held, Copies):
                 update.whole |= {f"{layer_name}.{key}": t for key, t in held.tensors(place).items()}

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +33,16 @@ def matches(where: str, name: str) -> bool:
     >>> matches("q_proj|v_proj", "layers.0.attn.q_proj"), matches("proj", "layers.0.attn.q_proj")
     (True, False)
     """
-    return re.fullmatch(rf"(?:.*\.)?(?:{where})", name) is not None
+    return _pattern(where).fullmatch(name) is not None
+
+
+@cache
+def _pattern(where: str) -> re.Pattern[str]:
+    try:
+        re.compile(where)
+        return re.compile(rf"(?:.*\.)?(?:{where})")
+    except re.error as problem:
+        raise BadInput(f"where is {where!r}, which is no regular expression ({problem}): mend it.") from None
 
 
 def layers(model: nn.Module, where: str = ".*", kinds: object = is_linear_map) -> Iterator[tuple[str, nn.Module]]:

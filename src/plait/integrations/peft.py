@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
+from plait.integrations.peft_files import ORIGIN, read_files, read_origin
 from plait.integrations.peft_prompts import KINDS as SOFT
 from plait.integrations.peft_prompts import load_prompt, save_prompt, untie_from_others, whole_layers
 from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, matrix_shape
@@ -28,30 +29,14 @@ from plait.parametrize.base import Parametrization, attach
 from plait.parametrize.freeze import freeze, mark_fresh
 from plait.parametrize.lean import spare
 from plait.parametrize.low_rank import LowRank, RowNorms, Shift, adapter_dtype
-from plait.parametrize.origin import Origin, digest, origin_of, record_origin, refuse_another_base
+from plait.parametrize.origin import digest, origin_of, record_origin, refuse_another_base
 from plait.parametrize.prompt import soft_prompts
 from plait.parametrize.update import Factors, Update, trained_beside, update_of
-from plait.tensors import read_tensors, write_tensors
+from plait.tensors import write_tensors
 
 PREFIX = "base_model.model."
-ORIGIN = "plait_base.json"
-"""The file beside PEFT's that holds digests of the base's weights."""
-UNSUPPORTED = (
-    *("use_qalora", "alora_invocation_tokens", "layer_replication", "target_parameters", "use_bdlora"),
-    *(
-        "arrow_config",
-        "kasa_config",
-        "velora_config",
-        "monteclora_config",
-        "trainable_token_indices",
-        "megatron_config",
-    ),
-)
-"""Fields of PEFT's configuration that change what an adapter computes in a way that plain LoRA and DoRA do not."""
-BASE = ".base_layer.weight"
-"""How the names end of the frozen embeddings that peft writes beside their adapters."""
-STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` under which PEFT leaves the base weights as they are."""
+BASE, BASE_BIAS = ".base_layer.weight", ".base_layer.bias"
+"""How the names end of the frozen embeddings, and of the trained biases, that peft writes beside adapters."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -199,12 +184,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     shapes), one of another base (digests of the weights, where plait wrote them) unless any_base, and truncated files.
     Dropout of the adapter's input, if the configuration has it, is not applied.
     """
-    config, tensors = _read(Path(folder))
+    config, tensors = read_files(Path(folder))
     if config["peft_type"] in SOFT:
         whole = whole_layers(tensors)
         _check_whole(model, whole, folder)
         if not any_base:
-            refuse_another_base(model, _read_origin(Path(folder)), f"the adapter in {folder}", whole)
+            refuse_another_base(model, read_origin(Path(folder)), f"the adapter in {folder}", whole)
         record_origin(model)
         return load_prompt(model, config, tensors, Path(folder))
     update = _update_from(model, config, tensors, Path(folder), any_base)
@@ -229,7 +214,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
 
 def read_update(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Update:
     """Return what PEFT's files hold for a base model, which stays as it is; raise BadInput as `load_adapter` does."""
-    config, tensors = _read(Path(folder))
+    config, tensors = read_files(Path(folder))
     if config["peft_type"] in SOFT:
         raise BadInput(f"{folder} holds a soft prompt, which is no update of weights: load it with load_adapter.")
     return _update_from(model, config, tensors, Path(folder), any_base)
@@ -240,10 +225,13 @@ def _update_from(
 ) -> Update:
     parts, update = dict(model.named_modules()), Update()
     grouped: dict[str, dict[str, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name, kind = _split(key)
         if kind is None and name.endswith(BASE):
             _refuse_another_table(model, name.removesuffix(BASE), tensor, folder, any_base)
+        elif kind is None and name.endswith(BASE_BIAS):
+            biases[name.removesuffix(BASE_BIAS)] = tensor
         elif kind is None:
             update.whole[name] = tensor
         else:
@@ -252,11 +240,27 @@ def _update_from(
         if name not in parts or not is_linear_map(parts[name]):
             raise BadInput(f"{folder} is an adapter of another model: {type(model).__name__} has no layer '{name}'.")
         update.factors[name] = _from_peft(name, parts[name], held, config)
+    for name, bias in biases.items():
+        _move_bias(name, parts.get(name), bias, update, folder)
+    if not update.factors and not update.whole:
+        raise BadInput(f"{folder} holds no adapter: its adapter_model.safetensors is empty.")
     _check_whole(model, update.whole, folder)
-    update.origin = _read_origin(folder)
+    update.origin = read_origin(folder)
     if not any_base:
         refuse_another_base(model, update.origin, f"the adapter in {folder}", update.whole)
     return update
+
+
+def _move_bias(name: str, layer: nn.Module | None, bias: Tensor, update: Update, folder: Path) -> None:
+    """Add to an update that the bias of an adapted layer was trained beside the adapter (peft's `bias="lora_only"`)."""
+    own: Tensor | None = getattr(layer, "bias", None)
+    if own is None or name not in update.factors or own.shape != bias.shape:
+        raise BadInput(
+            f"{folder} is an adapter of another model: it was made for a bias {list(bias.shape)} of '{name}'."
+        )
+    factors = update.factors[name]
+    moved = bias.to(own) - own.detach()
+    factors.shift = moved if factors.shift is None else factors.shift.to(moved) + moved
 
 
 def _refuse_another_table(model: nn.Module, name: str, tensor: Tensor, folder: Path, any_base: bool) -> None:
@@ -272,45 +276,6 @@ def _refuse_another_table(model: nn.Module, name: str, tensor: Tensor, folder: P
         refuse_another_base(model, {f"{name}.weight": given}, f"the adapter in {folder}")
 
 
-def _read_origin(folder: Path) -> Origin:
-    path = folder / ORIGIN
-    if not path.exists():
-        return {}  # peft wrote the files: it notes no more of the base than its name
-    try:
-        origin: Origin = json.loads(path.read_text())["base"]
-    except (ValueError, KeyError, TypeError) as problem:
-        raise BadInput(f"{path} is truncated or damaged ({problem}).") from None
-    return origin
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not path.exists():
-        raise BadInput(f"{folder} has no adapter_config.json: give the folder that PEFT's save_pretrained wrote.")
-    if not weights.exists():
-        raise BadInput(f"{folder} has no adapter_model.safetensors: save the adapter with safetensors.")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as problem:
-        raise BadInput(f"{path} is truncated or damaged ({problem}).") from None
-    kind = config.get("peft_type")
-    if kind != "LORA" and kind not in SOFT:
-        raise BadInput(
-            f"{path} holds a {kind} adapter; only LORA (with or without DoRA), PROMPT_TUNING and PREFIX_TUNING can be "
-            "loaded."
-        )
-    for name in UNSUPPORTED:
-        if config.get(name):
-            raise BadInput(f"{path} uses {name}, which plait's LoRA does not have: merge the adapter with peft first.")
-    start = config.get("init_lora_weights", True)
-    if start not in STARTS:
-        raise BadInput(
-            f"{path} has init_lora_weights {start!r}, which changed the base weights: save it again with peft's "
-            "path_initial_model_for_weight_conversion, which makes it plain LoRA."
-        )
-    return config, read_tensors(weights)
-
-
 KINDS = re.compile(r"\.(lora_B\.bias|lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?=(?:\.weight)?$))")
 
 
@@ -324,15 +289,17 @@ def _split(key: str) -> tuple[str, str | None]:
 def _from_peft(name: str, layer: nn.Module, held: Mapping[str, Tensor], config: dict[str, Any]) -> Factors:
     if "lora_A" not in held or "lora_B" not in held:
         raise BadInput(f"the adapter of '{name}' lacks one of its two factors: the file is incomplete.")
-    a, b = held["lora_A"].flatten(1), held["lora_B"].flatten(1)
+    a, b = (held[side].flatten(1) if held[side].dim() > 1 else held[side].unsqueeze(0) for side in ("lora_A", "lora_B"))
     out, into = matrix_shape(layer)
-    if a.shape[1] != into or b.shape[0] != out or a.shape[0] != b.shape[1]:
+    if a.shape[1] != into or b.shape[0] != out or a.shape[0] != b.shape[1] or not len(a):
         raise BadInput(
             f"the adapter is of another model: '{name}' has a [{out}, {into}] weight, the adapter's factors are "
             f"{list(b.shape)} and {list(a.shape)}."
         )
     rank = len(a)
     alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise BadInput(f"lora_alpha of '{name}' is {alpha!r} in adapter_config.json: it must be a number.")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     magnitude, bias = held.get("lora_magnitude_vector"), held.get("lora_B.bias")
     bias = bias if bias is not None and bias.any() else None
@@ -360,7 +327,10 @@ def _parametrizations(layer: nn.Module, factors: Factors) -> Iterator[tuple[str,
 
 def _by_pattern(patterns: dict[str, Any], name: str, otherwise: Any) -> Any:
     """Return the value of the first pattern that matches a name or its end, as PEFT looks it up."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
+    try:
+        return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
+    except (re.error, AttributeError) as problem:
+        raise BadInput(f"alpha_pattern in adapter_config.json is damaged ({problem}): {patterns!r}.") from None
 
 
 def _check_whole(model: nn.Module, whole: dict[str, Tensor], folder: str | Path) -> None:

@@ -227,6 +227,7 @@ class Copies(nn.Module):
 
     def run(self, plain: nn.Module, inputs: Tensor, *rest: Any, **named: Any) -> Any:
         """Return the layer's output with the chosen parameters."""
+        plain.training = self.training
         tables, row_of = self.tables(), self.get_buffer("row_of")
         if self.choice.rows is None:
             row = row_of[self.choice.one.to(row_of.device)]
@@ -249,6 +250,7 @@ def keep_copies(name: str, layer: nn.Module, choice: Choice, places: int) -> Cop
     if stack(layer):
         raise BadInput(f"one adapter brings '{name}' whole, another adapts it: they cannot stand on one base.")
     copies, plain = Copies(name, layer, choice, places), copy.copy(layer)
+    copies.train(layer.training)
     layer.plait_copies = copies  # its buffers are not persistent: the state dict stays that of the base
     layer.forward = partial(copies.run, plain)
     return copies

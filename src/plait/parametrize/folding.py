@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plait.errors import BadInput
 from plait.math.packed import Packed, numbers, quantized_elsewhere, release, unpack
@@ -36,8 +36,7 @@ def fold(model: nn.Module) -> nn.Module:
             continue
         weight: nn.Parameter = layer.weight  # type: ignore[assignment]
         folded = numbers(dense_weight(layer)).to(weight.dtype).contiguous()
-        if (bias := dense_bias(layer)) is not None:
-            layer.bias.copy_(bias)  # type: ignore[operator]
+        _fold_bias(layer, uses)
         shared = uses[id(weight)] > 1
         if shared or isinstance(weight, Packed) or quantized_elsewhere(weight):
             uses[id(weight)] -= 1
@@ -50,6 +49,18 @@ def fold(model: nn.Module) -> nn.Module:
         say_untied(model)
     restore(model)
     return unpack(model)
+
+
+def _fold_bias(layer: nn.Module, uses: dict[int, int]) -> None:
+    """Write what adapters make of a layer's bias into it, or into one of its own where layers share it."""
+    made, bias = dense_bias(layer), layer.bias
+    if made is None or not isinstance(bias, Tensor) or torch.equal(made, bias):
+        return
+    if uses[id(bias)] > 1:
+        uses[id(bias)] -= 1
+        layer.bias = nn.Parameter(made.clone(), requires_grad=bias.requires_grad)
+    else:
+        bias.copy_(made)
 
 
 def say_untied(model: nn.Module) -> None:

@@ -42,17 +42,19 @@ class Again:
 
 def again_from(made: Tensor, function: Callable[..., Tensor], *sources: Tensor) -> Tensor:
     """Note on a tensor that function(*sources) gives it again, from tensors that are kept anyway."""
-    made._plait_again = (Again(function), sources)  # type: ignore[attr-defined]
+    made._plait_again = (Again(function), sources, made._version)  # type: ignore[attr-defined]
     return made
 
 
 def sources_of(made: Tensor) -> tuple[Again | None, tuple[Tensor, ...]]:
-    """Return what a reader keeps in place of a tensor, and how it gets it back: (None, the tensor) if there is none."""
-    noted: tuple[Again, tuple[Tensor, ...]] | None = getattr(made, "_plait_again", None)
-    if noted is None:
+    """Return what a reader keeps in place of a tensor, and how it gets it back: (None, the tensor) if there is none, or
+    none any more because the tensor was changed in place.
+    """
+    noted: tuple[Again, tuple[Tensor, ...], int] | None = getattr(made, "_plait_again", None)
+    if noted is None or noted[2] != made._version:
         return None, (made,)
     noted[0].readers += 1
-    return noted
+    return noted[:2]
 
 
 class _RootMeanSquare(torch.autograd.Function):

@@ -44,7 +44,7 @@ def digest(weight: Tensor) -> str | None:
 def _numbers(numbers: Tensor) -> str:
     if type(numbers) not in (Tensor, nn.Parameter) or numbers.is_meta or numbers.dtype not in COMPARED:
         return ""
-    spaced = numbers.reshape(-1)[:: max(numbers.numel() // SAMPLE, 1)][:SAMPLE]
+    spaced = numbers.reshape(-1)[:: max(numbers.numel() // SAMPLE, 1)][:SAMPLE].contiguous()
     made = hashlib.sha256(f"{tuple(numbers.shape)}\n".encode())
     made.update(spaced.to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
     return made.hexdigest()[:16]
@@ -55,6 +55,16 @@ def _now(model: nn.Module) -> dict[str, str]:
     return {name: value for name, value in made.items() if value is not None}
 
 
+def _buffers(model: nn.Module) -> dict[str, str | None]:
+    """Return the digests of what a model saves beside its parameters, such as running statistics."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: digest(tensor)
+        for name, tensor in model.state_dict().items()
+        if name not in own and ".plait." not in f".{name}" and isinstance(tensor, Tensor)
+    }
+
+
 def _adapted(model: nn.Module) -> bool:
     return any(isinstance(getattr(layer, "plait", None), nn.ModuleDict) for layer in model.modules())
 
@@ -63,6 +73,13 @@ def record_origin(model: nn.Module) -> None:
     """Note what the base is, before the first adapter is put on it."""
     if not _adapted(model):
         model._plait_origin = _now(model)  # type: ignore[assignment]
+        model._plait_buffers = _buffers(model)  # type: ignore[assignment]
+
+
+def moved_buffers(model: nn.Module) -> list[str]:
+    """Return the names of the buffers, such as running statistics, that are not what they were under the adapters."""
+    noted: dict[str, str | None] = getattr(model, "_plait_buffers", {})
+    return [name for name, value in _buffers(model).items() if name in noted and noted[name] != value]
 
 
 def origin_of(model: nn.Module) -> Origin:

@@ -35,7 +35,8 @@ class Bases:
         """Return A [rank, small] and [B_1 ... B_n] [large, n * rank], placed and typed like a tensor; moved once."""
         key = (tensor.device, tensor.dtype)
         if key not in self._moved:
-            self._moved[key] = self.a.to(tensor), self._beside.to(tensor)
+            with torch.inference_mode(False):  # they are kept for training too
+                self._moved[key] = self.a.to(*key), self._beside.to(*key)
         return self._moved[key]
 
 
@@ -55,10 +56,15 @@ def bases(seed: int, rank: int, small: int, large: int) -> Bases:
 class _Scaled(torch.autograd.Function):
     """diag(l_j) A diag(g_j) for all j, [n * rank, small], which keeps no more than l, g and A for the backward pass."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, l: Tensor, a: Tensor, g: Tensor) -> Tensor:
-        ctx.save_for_backward(l, a, g)
+    def forward(l: Tensor, a: Tensor, g: Tensor) -> Tensor:
         return (l.unsqueeze(2) * a * g.unsqueeze(1)).flatten(0, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

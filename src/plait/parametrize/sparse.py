@@ -54,7 +54,7 @@ def placed(weight: Tensor, values: Tensor, support: Tensor) -> Tensor:
 
 def low_rank_and_sparse(A: Tensor, B: Tensor, values: Tensor, support: Tensor, scale: float) -> Tensor:
     """Return scale * B A + S, S [out, in] with `values` [n] at the places `support` [n] of its rows laid in line."""
-    product = scale * (B @ A)
+    product = scale * (B @ A).to(values.dtype)  # autocast multiplies in less
     return product.view(-1).index_add(0, support.long(), values).view_as(product)
 
 

@@ -20,7 +20,7 @@ from plait.math.svd import exact_svd, gram_svd
 from plait.parametrize.base import Parametrization, dense_bias, dense_weight, stack, untouched_weight
 from plait.parametrize.freeze import is_fresh
 from plait.parametrize.low_rank import RowNorms, Shift, adapter_dtype, row_norms
-from plait.parametrize.origin import Origin, origin_of
+from plait.parametrize.origin import Origin, moved_buffers, origin_of
 from plait.parametrize.prompt import refuse_prompts
 
 EXACT = 1024
@@ -229,8 +229,8 @@ def cut_off(update: Update, base: nn.Module, rank: int) -> Update:
 
 
 def trained_beside(model: nn.Module) -> list[str]:
-    """Return the smallest layers that hold the trained parameters which belong to no adapter; of a weight that layers
-    share all of them, for peft gives each a weight of its own.
+    """Return the smallest layers that hold trained parameters which belong to no adapter, or running statistics that
+    moved; of a weight that layers share all of them, for peft gives each a weight of its own.
     """
     names = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -245,6 +245,14 @@ def trained_beside(model: nn.Module) -> list[str]:
                 f"'{name}' is trained, and PEFT's files cannot hold it beside the adapter: freeze it, or fold."
             )
         names.append(owner)
+    for name in moved_buffers(model):
+        owner = name.rpartition(".")[0]
+        if not owner:
+            raise BadInput(
+                f"'{name}' changed in training, and PEFT's files cannot hold it: fold the model and save it."
+            )
+        if owner not in names:
+            names.append(owner)
     return names
 
 

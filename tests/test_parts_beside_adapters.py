@@ -1,0 +1,108 @@
+"""What stands beside adapters: norms whose outputs are changed in place, running statistics, biases that are shared."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from plait import AdamW, LoRA, train
+from plait.adapters import Adapters
+from plait.errors import BadInput
+from plait.integrations.peft import load_adapter, save_adapter
+from plait.parametrize.folding import fold
+from plait.parametrize.sequential import Hydra
+
+X = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
+Y = torch.randint(0, 3, (32,), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_output_of_a_norm_may_be_changed_in_place() -> None:
+    grads = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.RMSNorm(8, eps=1e-6), nn.ReLU(inplace=inplace), nn.Linear(8, 4))
+        LoRA(rank=2).parametrize(model)
+        nn.init.ones_(model[2].plait.lora.B)
+        model(torch.randn(5, 8)).square().sum().backward()
+        grads.append(model[2].plait.lora.A.grad)
+    torch.testing.assert_close(*grads)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    return train(net(), (X, Y), methods=[LoRA(rank=2), AdamW(lr=1e-2)], steps=20).model.eval()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_an_adapter_brings_along_follows_eval_and_train(trained: nn.Module, first: bool) -> None:
+    base = net().train(not first)
+    adapters = Adapters(base)
+    adapters.add("x", trained)
+    adapters.switch("x")
+    torch.testing.assert_close(base.eval()(X), trained(X), rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_that_training_moved_are_saved_with_the_adapter(trained: nn.Module, tmp_path: Path) -> None:
+    save_adapter(trained, tmp_path)
+    torch.testing.assert_close(load_adapter(net(), tmp_path).eval()(X), trained(X), rtol=1e-4, atol=1e-5)
+    theirs = PeftModel.from_pretrained(net(), tmp_path).eval()
+    torch.testing.assert_close(theirs(X), trained(X), rtol=1e-4, atol=1e-5)
+
+
+class Shared(nn.Module):
+    """Two layers of one weight and one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.b(torch.tanh(self.a(x)))
+        return output
+
+
+def test_a_shared_bias_is_folded_into_each_of_its_layers() -> None:
+    model = Shared()
+    Hydra(rank=2).parametrize(model)
+    x, draw = torch.randn(3, 6), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".plait." in name:
+                p.copy_(0.3 * torch.randn(p.shape, generator=draw))
+    expected = model(x)
+    torch.testing.assert_close(fold(model)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_peft_trained_are_loaded(bias: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 8))
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["0", "3"], r=2, bias=bias))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), theirs(x), rtol=1e-5, atol=1e-5)
+    adapters = Adapters(base)
+    adapters.add("a", tmp_path)
+    adapters.switch("a")
+    torch.testing.assert_close(base(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_where_that_is_no_pattern_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"where is '\(', which is no regular expression"):
+        LoRA(where="(").parametrize(nn.Sequential(nn.Linear(2, 2)))
