@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from plait import BadInput, Method, Now, method, train
+from plait import BadInput, Clip, Method, Now, method, train
 from plait.integrations.lightning import PlaitCallback
 from plait.method import Ask
 from plait.parametrize.low_rank import LoRA
@@ -36,14 +36,14 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder: Path, *methods: Method, **options: Any) -> tuple[Module, PlaitCallback]:
+def fit(folder: Path, *methods: Method, batch_size: int = 6, **options: Any) -> tuple[Module, PlaitCallback]:
     module, callback = Module(), PlaitCallback(*methods)
     settings = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | options
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(default_root_dir=folder, callbacks=[callback], **quiet, **settings)
-        trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=6))
+        trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=batch_size))
     return module, callback
 
 
@@ -104,3 +104,11 @@ def test_several_asks_with_accumulation_are_refused(tmp_path: Path) -> None:
 
 def test_the_same_network_trains_in_both_loops() -> None:
     assert train(Module().model, data(), methods=[LoRA(rank=2)], steps=2).history
+
+
+@pytest.mark.parametrize("methods", [(), (Clip(norm=100.0),), (LoRA(rank=2),)])
+def test_micro_batches_add_up_to_the_whole_batch(methods: tuple[Method, ...], tmp_path: Path) -> None:
+    whole, _ = fit(tmp_path, *methods, batch_size=12)
+    parts, _ = fit(tmp_path, *methods, batch_size=3, accumulate_grad_batches=4)
+    for one, other in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -372,3 +372,15 @@ def test_a_bomb_of_references_is_refused() -> None:
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(BadInput, match="nested more than 20 deep"):
         Recipe.parse(BASE + "methods: " + "[" * 20000 + "]" * 20000)
+
+
+@pytest.mark.parametrize(
+    ("methods", "told"),
+    [("", "None"), ("methods: lora\n", "'lora'"), ("methods:\n- {}\n", "[{}]")],
+)
+def test_an_override_of_methods_that_are_no_list(methods: str, told: str) -> None:
+    with pytest.raises(BadInput) as problem:
+        Recipe.parse("model: mlp\ndata: wine\n" + methods, ["methods.lora.rank=4"])
+    assert str(problem.value) == (
+        f"--set methods.lora.rank: methods is {told}, no list of methods: write them in the recipe."
+    )

@@ -321,3 +321,43 @@ def test_a_first_batch_without_a_target_that_counts_is_said() -> None:
     data = (torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.full((8,), IGNORE))
     with pytest.warns(UserWarning, match="every target of the first batch is -100, which is left out"):
         plait.train(nn.Linear(4, 3), data, steps=2, batch_size=4)
+
+
+def test_the_parts_of_the_objective_add_up_however_a_batch_is_split() -> None:
+    x, y = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+    for pieces in (1, 4):
+        torch.manual_seed(0)
+        step = plait.train(
+            nn.Linear(8, 3), (x, y), methods=[plait.L2(strength=0.1)], steps=1, accumulate=pieces
+        ).history[0]
+        assert step["loss"] + step["L2"] == pytest.approx(step["objective"], rel=1e-5)
+
+
+def test_a_row_is_named_by_its_place_in_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("x,label\n" + "\n".join(f"{i},{i if i != 20 else ''}" for i in range(40)))
+    with pytest.raises(BadInput, match="has no label in row 21"):
+        load_task("regression", "mlp", str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "task", "options", "says"),
+    [
+        ("w.csv", ["x,y,label", *(f"{i},{i},{'ab'[i % 2]},9" for i in range(30))], "classification", {},
+         "its rows have more fields than its header: name every column there"),
+        ("l.jsonl", [json.dumps({"x": i, "label": ["a"]}) for i in range(30)], "classification", {},
+         "has the label ['a']: a label is one text or number."),
+        ("m.jsonl", [json.dumps({"messages": "hi"}) for _ in range(30)], "causal-language-modelling", {},
+         "has the messages 'hi' in row "),
+        ("f.csv", ["x,label", *(f"{i},{'ab'[i % 2]}" for i in range(30))], "classification", {"features": ["x", "x"]},
+         "features has 'x' 2 times: name each column once."),
+    ],
+)  # fmt: skip
+def test_odd_tables_are_refused_in_one_sentence(
+    name: str, lines: list[str], task: str, options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text("\n".join(lines))
+    with pytest.raises(BadInput) as caught:
+        load_task(task, "llama-tiny" if "language" in task else "mlp", str(path), **options)
+    assert says in str(caught.value)

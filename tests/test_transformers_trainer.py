@@ -5,9 +5,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+import transformers
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
 
-from plait import BadInput
+from plait import PSKD, BadInput
 from plait.integrations.transformers import Trainer
 from plait.parametrize.low_rank import LoRA
 
@@ -87,3 +99,97 @@ def test_resumes_bitwise(tmp_path: Path) -> None:
 def test_a_recipe_that_cannot_work_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="matches no layer"):
         Trainer(llama(), arguments(tmp_path), train_dataset=rows(), methods=[LoRA(where="q_prj")])
+
+
+def classifier(labels: int, **given: Any) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(vocab_size=40, num_labels=labels, **sizes, **given))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32, **off))
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2))
+
+
+def labelled(label: Any) -> list[dict[str, torch.Tensor]]:
+    return [row | {"labels": torch.tensor(label(i))} for i, row in enumerate(rows())]
+
+
+class Plain(nn.Module):
+    """What transformers' Trainer also takes: a module without a configuration that returns its loss and logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(40, 3)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.table(input_ids).mean(1)
+        return {"logits": logits} | ({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})
+
+
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        (lambda: classifier(3), labelled(lambda i: i % 3)),
+        (lambda: classifier(1), labelled(float)),
+        (lambda: classifier(1, problem_type="regression"), labelled(lambda i: i)),
+        (lambda: classifier(2, problem_type="regression"), labelled(lambda i: [0.1 * i, 1.0])),
+        (lambda: classifier(3, problem_type="multi_label_classification"), labelled(lambda i: [1.0, 0.0, i % 2.0])),
+        (lambda: classifier(3), labelled(lambda i: [1.0, 0.0, i % 2.0])),
+        (llama, rows()),
+        (Plain, labelled(lambda i: i % 3)),
+    ],
+    ids=[
+        "classes",
+        "number",
+        "whole number",
+        "numbers",
+        "several classes",
+        "told by labels",
+        "llama",
+        "module",
+    ],
+)
+def test_losses_are_those_of_the_plain_trainer(make: Any, data: Any, tmp_path: Path) -> None:
+    seen = []
+    for kind in (transformers.Trainer, Trainer):
+        trainer = kind(make(), arguments(tmp_path, logging_strategy="steps", logging_steps=1), train_dataset=data)
+        trainer.train()
+        steps = [(step["loss"], step["grad_norm"]) for step in trainer.state.log_history if "loss" in step]
+        seen.append([*steps, (trainer.evaluate(data)["eval_loss"],)])
+    for ours, theirs in zip(*seen, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_gpt2_learns_the_next_token(tmp_path: Path) -> None:
+    """Its class is a language model's by another name; transformers counts the first token of a row too, we do not."""
+    data = [{"input_ids": (t := (torch.arange(12) + i) % 40), "labels": t} for i in range(24)]
+    trainer = Trainer(gpt2(), arguments(tmp_path, max_steps=60), train_dataset=data)
+    trainer.train()
+    whole = torch.stack([row["input_ids"] for row in data])
+    with torch.no_grad():
+        output = trainer.model(input_ids=whole, labels=whole)
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(float(output.loss), rel=1e-4)
+    assert (output.logits[:, :-1].argmax(-1) == whole[:, 1:]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "methods", "says"),
+    [
+        (llama, {}, [PSKD()], "PSKD remembers each example, and the Trainer does not say which a batch holds"),
+        (llama, {"label_smoothing_factor": 0.1}, [], "label_smoothing_factor would replace the loss that methods"),
+        (t5, {}, [], "T5ForConditionalGeneration has an encoder and a decoder"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_training(
+    make: Any, options: Any, methods: Any, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=says):
+        Trainer(make(), arguments(tmp_path, **options), train_dataset=rows(), methods=methods)

@@ -175,6 +175,14 @@ def optimizer_for(methods: Sequence[Method], model: nn.Module) -> torch.optim.Op
 @contextlib.contextmanager
 def prepared(model: nn.Module, rule: torch.optim.Optimizer, methods: Sequence[Method], now: Now) -> Iterator[None]:
     """Set scheduled hyperparameters and clear gradients before a step."""
+    schedule_rates(rule, methods, now)
+    model.train()
+    rule.zero_grad(set_to_none=True)
+    yield
+
+
+def schedule_rates(rule: torch.optim.Optimizer, methods: Sequence[Method], now: Now) -> None:
+    """Set the hyperparameters that follow a schedule to what they are at this step."""
     scales = scales_of(rule)
     for m in methods:
         if type(m).optimizer is not Method.optimizer:
@@ -183,9 +191,6 @@ def prepared(model: nn.Module, rule: torch.optim.Optimizer, methods: Sequence[Me
                     if isinstance(value, Schedule):
                         group[field] = now.at(value) * scale.get(field, 1.0)
     now.optimizer, now.learning_rate = rule, float(rule.param_groups[0].get("lr", 0.0)) / scales[0].get("lr", 1.0)
-    model.train()
-    rule.zero_grad(set_to_none=True)
-    yield
 
 
 def new_accelerator(device: str | None) -> Any:

@@ -191,6 +191,8 @@ class Method:
     """Names of method classes that cannot share a recipe with this one."""
     idle: ClassVar[dict[str, float]] = {"strength": 0, "smoothing": 0, "variance": 0, "lr": 0}
     """Values of fields at which the method changes nothing: a recipe that gives one throughout is refused."""
+    remembers: ClassVar[bool] = False
+    """Whether it keeps something for each example, told apart by the positions of `Batch.index`."""
     freezes: ClassVar[bool] = False
     """Whether it freezes and thaws weights in the course of a run, which several processes must be told."""
     watches: ClassVar[str] = ""

@@ -30,6 +30,7 @@ def oracle(engine: Any, misfit: Misfit, methods: Sequence[Method], accumulate: i
         whole, total = now.batch, engine.total(now.batch.mass())
         parts = list(whole.split(engine.micro_batches(len(whole), accumulate)))
         value = torch.zeros((), device=whole.weight.device)
+        figures: dict[str, float] = {"loss": 0.0}
         now.share = engine.scale / max(len(whole), 1)
         _say_uncounted(whole, now)
         for number, part in enumerate(parts, 1):
@@ -41,13 +42,14 @@ def oracle(engine: Any, misfit: Misfit, methods: Sequence[Method], accumulate: i
                 _refuse_constants(added, methods, now)
                 _refuse_untrained(loss, now)
                 engine.backward(loss * engine.processes + share * sum(p for _, p in added))
-            figures: dict[str, float] = {}
+            value += loss.detach() * engine.processes
+            figures["loss"] += float(loss.detach()) * engine.processes
             for m, p in added:
                 if isinstance(p, Tensor) or p != 0.0:
-                    name, figure = type(m).__name__, float(p.detach() if isinstance(p, Tensor) else p)
+                    name, figure = type(m).__name__, share * float(p.detach() if isinstance(p, Tensor) else p)
                     figures[name] = figures.get(name, 0.0) + figure
-            value += loss.detach() * engine.processes + share * sum(figures.values())
-            now.parts = {"loss": float(loss.detach()) * engine.processes} | figures
+                    value += figure
+            now.parts = dict(figures)
         now.batch, now.output, now.share = whole, None, 0.0
         mean: Tensor = engine.mean(value)
         return mean

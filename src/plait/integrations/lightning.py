@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.batch import Batch
-from plait.engine import check, optimizer_for, prepared
+from plait.engine import check, optimizer_for, schedule_rates
 from plait.errors import BadInput
 from plait.measure.base import observe
 from plait.method import Ask, Method, Now
@@ -114,8 +114,10 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
                 ask = m.gradient(ask)
 
             def closure() -> Any:
-                with prepared(network, getattr(optimizer, "optimizer", optimizer), self.methods, self.now):
-                    self.now.objective = ask(network, self.now)
+                # Gradients stay: those of earlier micro-batches are in them, and Lightning's closure clears in time.
+                schedule_rates(getattr(optimizer, "optimizer", optimizer), self.methods, self.now)
+                network.train()
+                self.now.objective = ask(network, self.now)
                 return lowest[0]
 
             original(epoch, batch_idx, optimizer, closure)

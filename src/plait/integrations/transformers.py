@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from plait.batch import IGNORE, Batch
 from plait.engine import Engine, check, optimizer_for, prepared
 from plait.errors import BadInput
 from plait.loss.base import cross_entropy, squared_error
+from plait.math.logits import dense
 from plait.measure.base import observe
 from plait.method import Ask, Method, Now
 from plait.rates import multiply_rates
@@ -22,6 +25,8 @@ from plait.tensors import read_tensors, write_tensors
 from plait.train import oracle
 
 MEMORY = "plait-memory.safetensors"
+UNSHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel")
+"""Language models whose labels stand at the place of their token already."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +50,28 @@ class MicroBatches(Batch):
         return torch.stack([part.mass() for part in self.parts]).sum()
 
 
+def predicts_next(model: nn.Module) -> bool:
+    """Say whether a model's class shifts its labels, so that each token predicts the one after it."""
+    name = type(model).__name__
+    return name not in UNSHIFTED and ("ForCausalLM" in name or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
 class Trainer(transformers.Trainer):  # type: ignore[misc]
     """transformers' Trainer that takes `methods`, each acting at its place; everything else is as it was.
 
-    A batch's labels are the targets. For a causal language model they are shifted here, once. Gradient accumulation
-    gives exactly the gradient of the whole batch, also for methods that ask the gradient oracle several times.
+    A batch's labels are the targets. For a causal language model they are shifted here, once; the loss is the one that
+    the model would take of them. Gradient accumulation gives exactly the gradient of the whole batch, also for methods
+    that ask the gradient oracle several times.
 
     Raises BadInput, before any training, for methods that cannot work on this model or together.
     """
 
     def __init__(self, model: nn.Module, *rest: Any, methods: Sequence[Method] = (), **options: Any) -> None:
         check(model, methods)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise BadInput(
+                f"{type(model).__name__} has an encoder and a decoder, which plait's Trainer cannot feed: use another."
+            )
         self.methods = list(methods)
         for m in self.methods:
             m.parametrize(model)
@@ -69,6 +85,16 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 raise BadInput(
                     f"{type(m).__name__} chooses examples, which the Trainer does itself: use plait.train for it."
                 )
+            if m.remembers:
+                raise BadInput(
+                    f"{type(m).__name__} remembers each example, and the Trainer does not say which a batch holds: "
+                    "use plait.train for it."
+                )
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            what = "label_smoothing_factor" if self.args.label_smoothing_factor else "compute_loss_func"
+            raise BadInput(
+                f"{what} would replace the loss that methods change: leave it out, and give a method of the loss."
+            )
         if self.args.max_grad_norm and any(type(m).gradient is not Method.gradient for m in self.methods):
             self.args.max_grad_norm = 0.0  # a Clip method says where among the others clipping happens
         self.add_callback(_Constrain(self))
@@ -98,8 +124,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         now.calibration = self._calibration
         if self.eval_dataset is not None:
             now.evaluate = lambda model: float(self.evaluate()["eval_loss"])
-        regression = getattr(self.model.config, "problem_type", None) == "regression"
-        now.misfit = squared_error if regression else cross_entropy
+        now.misfit = self._misfit
         for m in self.methods:
             now.misfit = m.loss(now.misfit)
         ask: Ask = oracle(engine, now.misfit, self.methods, 1)
@@ -131,10 +156,28 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if "labels" not in inputs:
             raise BadInput("the batches have no 'labels', which are the targets: add them in the data or the collator.")
         labels = inputs.pop("labels")
-        if labels.dim() == 2 and "ForCausalLM" in type(self.accelerator.unwrap_model(self.model)).__name__:
+        if labels.dim() == 2 and predicts_next(self.accelerator.unwrap_model(self.model)):
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
         index = torch.arange(self._seen, self._seen + len(labels), device=labels.device)
         return Batch.of(inputs, labels, index)
+
+    def _misfit(self, output: Any, target: Tensor, now: Now) -> Tensor:
+        """Return the misfit that transformers would take: of numbers, of one class, or of several classes at once."""
+        output = output.get("logits", output) if isinstance(output, Mapping) else output
+        kind = getattr(getattr(self.model, "config", None), "problem_type", None)
+        tokens = target.dim() > 1 and not target.is_floating_point()
+        if kind == "single_label_classification" or (kind is None and tokens):
+            return cross_entropy(output, target, now)
+        logits: Tensor = dense(output)
+        if kind is None and logits.dim() == 2:
+            kind = "regression" if logits.shape[-1] == 1 else "multi" if target.is_floating_point() else None
+        if kind == "regression":
+            squares = squared_error(logits, target.to(logits.dtype), now)
+            return squares / max(logits[0].numel(), 1)
+        if kind in ("multi", "multi_label_classification"):
+            each: Tensor = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+            return each.mean(-1)
+        return cross_entropy(output, target, now)
 
     # -- the step ----------------------------------------------------------------------------------------------------
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -162,8 +205,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         """Return the plain mean misfit, for evaluation."""
         batch = self._batch(inputs)
         outputs = model(**batch.inputs)
-        misfit = squared_error if outputs.logits.shape[-1] == 1 else cross_entropy
-        loss = misfit(outputs.logits, batch.target, self.now).sum() / batch.mass().clamp_min(1)
+        loss = self._misfit(outputs, batch.target, self.now).sum() / batch.mass().clamp_min(1)
         return (loss, outputs) if return_outputs else loss
 
     # -- what stands after -------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class ELR(AddedTerm):
     tensor([0.4055])
     """
 
+    remembers: ClassVar[bool] = True
     strength: NonNegative = 3.0
     decay: Probability = 0.7
 
@@ -71,6 +72,8 @@ class PSKD(Loss):
     >>> first, loss(torch.tensor([[2.0, 0.0]]), now.batch.target, now)
     (tensor([0.6931]), tensor([0.6269]))
     """
+
+    remembers: ClassVar[bool] = True
 
     idle: ClassVar[dict[str, float]] = {"alpha": 0}
     alpha: ScheduledFraction = Linear(start=0.0, end=0.8)

@@ -17,7 +17,7 @@ from plait.models.small import cnn, mlp, require_size, vit
 from plait.parametrize.freeze import mark_fresh
 from plait.tasks.base import Options, Task
 from plait.tasks.classes import classification, labelled, name_classes
-from plait.tasks.reading import Table, column
+from plait.tasks.reading import Table, column, rows_of
 from plait.tasks.sets import Images
 
 SCRATCH = ("mlp", "cnn", "vit")
@@ -53,7 +53,7 @@ def pixels(table: Table, size: int | None, channels: int | None) -> list[Any]:
     import numpy as np
 
     arrays, source = [], table.attrs["source"]
-    for row, value in enumerate(column(table, "image", "data"), 1):
+    for row, value in zip(rows_of(table), column(table, "image", "data"), strict=True):
         image = opened(value, f"the image in row {row} of {source}")
         grey = image.mode in GREY if channels is None else channels == 1
         image = image.convert("L" if grey else "RGB")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from plait.models.pretrained import load_transformers
 from plait.models.small import llama_tiny
 from plait.tasks import metrics
 from plait.tasks.base import Options, Task
-from plait.tasks.reading import Table, column, read
+from plait.tasks.reading import Table, column, read, rows_of
 from plait.tasks.sets import Blocks, Texts, shifted
 from plait.tasks.splits import NAMES, is_share, share, three
 from plait.tasks.text import require_length, tokenizer_of
@@ -175,7 +175,7 @@ def _other(options: Options, tokenizer: Any, notes: list[str]) -> Any:
     count = quotas(options)["test"]
     if _has_pairs(table, options):
         order = torch.randperm(len(table), generator=torch.Generator().manual_seed(options.split_seed))
-        chosen = table.iloc[order[:count].tolist()].reset_index(drop=True)
+        chosen = table.iloc[order[:count].tolist()]
         chosen.attrs = dict(table.attrs)
         return answers(chosen, tokenizer, options, notes)
     texts = _shuffled([str(text) for text in column(table, options.text, "text")], options.split_seed)
@@ -193,7 +193,15 @@ def _has_pairs(table: Table, options: Options) -> bool:
 def conversations(table: Table, options: Options) -> list[list[dict[str, str]]]:
     """Return each example as messages {role, content}."""
     if "messages" in table.columns:
-        return [[dict(message) for message in messages] for messages in column(table, "messages", "messages")]
+        held = column(table, "messages", "messages")
+        for row, messages in zip(rows_of(table), held, strict=True):
+            several = isinstance(messages, Sequence) or hasattr(messages, "tolist")  # parquet holds arrays
+            if not (several and all(isinstance(message, Mapping) for message in messages)):
+                raise BadInput(
+                    f"{table.attrs['source']} has the messages {str(messages)[:40]!r} in row {row}: give a list of "
+                    "{role, content}."
+                )
+        return [[dict(message) for message in messages] for messages in held]
     prompts = column(table, options.prompt, "prompt")
     responses = column(table, options.response, "response")
     return [
@@ -225,7 +233,7 @@ def answers(table: Table, tokenizer: Any, options: Options, notes: list[str]) ->
     source = table.attrs["source"]
     made = [
         rendered(messages, tokenizer, f"row {row} of {source}")
-        for row, messages in enumerate(conversations(table, options), 1)
+        for row, messages in zip(rows_of(table), conversations(table, options), strict=True)
     ]
     encoded = tokenizer(
         [whole for whole, _ in made],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,15 @@ def _comma_table(text: str, separator: str) -> Table:
     import pandas as pd
 
     # Only these mean "no value": a text or a label may well be "null", "None" or "NA".
-    return pd.read_csv(io.StringIO(text), sep=separator, keep_default_na=False, na_values=["", "nan", "NaN"])
+    missing = ["", "nan", "NaN"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            return pd.read_csv(
+                io.StringIO(text), sep=separator, keep_default_na=False, na_values=missing, index_col=False
+            )
+        except pd.errors.ParserWarning:
+            raise ValueError("its rows have more fields than its header: name every column there") from None
 
 
 def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
@@ -233,12 +242,17 @@ def require_column(table: Table, name: str, option: str) -> None:
         raise BadInput(f"{source} has no column '{name}'{near}: name the one to use with {option}=.")
 
 
+def rows_of(table: Table) -> list[int]:
+    """Return the numbers, from 1, that a table's rows have in the whole table that they were taken from."""
+    return [int(place) + 1 for place in table.index]
+
+
 def column(table: Table, name: str, option: str) -> list[Any]:
     """Return a column without gaps; BadInput offers the nearest column, or names the first row that has no value."""
     require_column(table, name, option)
     missing = table[name].isna()
     if missing.any():
-        row = int(missing.to_numpy().argmax()) + 1
+        row = rows_of(table)[int(missing.to_numpy().argmax())]
         raise BadInput(f"{table.attrs['source']} has no {name} in row {row}: fill it in, or remove the row.")
     values: list[Any] = table[name].tolist()
     return values

@@ -46,7 +46,7 @@ def limit(table: Table, rows: int | None, label: str | None, seed: int) -> Table
         names, counts = np.unique(groups, return_counts=True)
         if rows < len(names) or counts.min() < 2 or len(table) - rows < len(names):
             groups = None
-    kept = table.iloc[halves(len(table), rows, groups, seed)[1]].reset_index(drop=True)
+    kept = table.iloc[halves(len(table), rows, groups, seed)[1]]
     kept.attrs = dict(table.attrs)
     return kept
 
@@ -82,7 +82,7 @@ def three(options: Options, label: str | None = None) -> tuple[Table, Table, Tab
 
 
 def _rows(table: Table, positions: Any) -> Table:
-    chosen = table.iloc[positions].reset_index(drop=True)
+    chosen = table.iloc[positions]  # whose index still tells the rows of the whole table
     chosen.attrs = dict(table.attrs)
     return chosen
 
@@ -115,6 +115,9 @@ def classes_of(train: list[Any], others: dict[str, list[Any]], source: str) -> t
 
     Raises BadInput for a label that training never shows, or when there is only one class.
     """
+    odd = next((value for value in sum(others.values(), train) if isinstance(value, list | dict)), None)
+    if odd is not None:
+        raise BadInput(f"{source} has the label {odd!r}: a label is one text or number.")
     values = {_plain(value) for value in train}
     numbers = all(isinstance(value, int | float) for value in values)
     names = [str(value) for value in sorted(values, key=float if numbers else str)]

@@ -47,6 +47,8 @@ class Encoder:
         source = table.attrs["source"]
         for name in names:
             require_column(table, name, "features")
+            if names.count(name) > 1:
+                raise BadInput(f"features has '{name}' {names.count(name)} times: name each column once.")
         self.names = names
         self.numeric = [name for name in names if table[name].dtype.kind in "iufb" and table[name].notna().any()]
         self.words = [name for name in names if name not in self.numeric and table[name].dtype.kind not in "iufb"]
