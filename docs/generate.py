@@ -50,6 +50,9 @@ def table(entries: list[dict]) -> str:
     return "\n".join(rows) + "\n"
 
 
+COMMAND = "plait compare studies/adapters.yaml --workers 2"
+
+
 def comparison() -> str:
     """What the published study gave: a table for each task and track."""
     parts = ["# A comparison of adapters\n"]
@@ -58,13 +61,20 @@ def comparison() -> str:
         return parts[0] + "\nIt has not been run in full yet: `plait compare studies/adapters.yaml` runs it.\n"
     found = json.loads(path.read_text())
     rates, said = found["rates"], found["study"]
+    made = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     parts.append(
-        f"Made by `plait compare studies/adapters.yaml`: {said['seeds']} seeds, {len(said['search']['factors'])} "
-        f"learning rates tried for each method on the validation set of {said['search']['task']}. "
-        "Intervals of 95 % over seeds; methods that a paired test cannot tell from the best are marked =, and the "
-        "order among them says nothing. "
-        f"{found['machine']}; " + ", ".join(f"{name} {number}" for name, number in found["versions"].items()) + ".\n"
+        f"Made by `{COMMAND}`: {said['seeds']} seeds, {len(said['search']['factors'])} learning rates tried for each "
+        f"method on the validation set of {said['search']['task']}. Intervals of 95 % over seeds. Methods marked = are "
+        "not told from the best by a paired t test over the seeds, or not by a paired bootstrap over seeds and test "
+        "examples; the order among them says nothing. A rate at the edge of those that were tried is marked so: a "
+        f"better one may lie beyond. {found['machine']}; {made}.\n"
     )
+    wanted = [f"{track}, {task}" for track, tasks in said["tracks"].items() for task in tasks]
+    if missing := [title for title in wanted if title not in found["tables"]]:
+        parts.append(
+            f"Not run to the end yet: {'; '.join(missing)}. `studies/results/adapters-runs.tar.gz` holds the runs that "
+            f"are done: unpacked into a folder, `{COMMAND} --out FOLDER` goes on there.\n"
+        )
     for title, held in found["tables"].items():
         better = held["metric"]["better"]
         parts += [f"## {title}\n", " · ".join(held["facts"]) + f" · {held['metric']['name']}, {better} is better\n"]
