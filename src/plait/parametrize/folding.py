@@ -53,7 +53,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 def _fold_bias(layer: nn.Module, uses: dict[int, int]) -> None:
     """Write what adapters make of a layer's bias into it, or into one of its own where layers share it."""
-    made, bias = dense_bias(layer), layer.bias
+    made, bias = dense_bias(layer), getattr(layer, "bias", None)
     if made is None or not isinstance(bias, Tensor) or torch.equal(made, bias):
         return
     if uses[id(bias)] > 1:
