@@ -112,3 +112,8 @@ def test_micro_batches_add_up_to_the_whole_batch(methods: tuple[Method, ...], tm
     parts, _ = fit(tmp_path, *methods, batch_size=3, accumulate_grad_batches=4)
     for one, other in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_epoch_is_told(tmp_path: Path) -> None:
+    _, callback = fit(tmp_path, max_epochs=3)
+    assert (callback.now.epoch, callback.now.step) == (2, 12)

@@ -103,6 +103,7 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
 
         def optimizer_step(epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             lowest: list[Any] = []
+            self.now.epoch = epoch
 
             def ask_closure(model: nn.Module, now: Now) -> Tensor:
                 lowest.append(optimizer_closure())  # Lightning's closure clears, runs and differentiates
