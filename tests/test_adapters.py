@@ -17,12 +17,15 @@ from plait import catalogue
 from plait.adapters import Adapters
 from plait.errors import BadInput
 from plait.initialize.base import Start
+from plait.initialize.weight_svd import PiSSA
 from plait.integrations.peft import load_adapter, save_adapter, write_update
+from plait.method import Now
 from plait.parametrize.base import stack
 from plait.parametrize.core import LoRAXS
 from plait.parametrize.folding import fold
 from plait.parametrize.freeze import mark_fresh
 from plait.parametrize.low_rank import DoRA, LoRA, LowRank
+from plait.parametrize.quantized import Quantize, forget_originals
 from plait.parametrize.singular import SORSA
 from plait.parametrize.update import update_of
 from test_parametrize import METHODS
@@ -422,3 +425,19 @@ def test_what_cannot_work_is_refused_and_changes_nothing(tmp_path: Path) -> None
     torch.testing.assert_close(out(fold(base), TOKENS), before, rtol=1e-5, atol=1e-6)
     with pytest.raises(BadInput, match="the base was folded, and the adapters are no longer on it"):
         adapters.switch("b")
+
+
+def test_a_start_on_a_quantized_base_is_no_low_rank_update_of_the_plain_one() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64))
+    model = copy.deepcopy(base)
+    for part in (Quantize(), LoRA(rank=2)):
+        part.parametrize(model)
+    PiSSA().initialize(model, Now())
+    forget_originals(model)
+    adapters = Adapters(base)
+    with pytest.raises(
+        BadInput, match="the weight of '0' was quantized after a start took part of it, so that the base"
+    ):
+        adapters.add("a", model)
+    assert 0 < adapters.add("a", model, rank=4) < 1

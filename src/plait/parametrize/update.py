@@ -144,6 +144,11 @@ def factors_of(
         return None
     rounding = 8 * torch.finfo(weight.dtype).eps * float(numbers(weight).float().square().sum().sqrt())
     factors, left, size = truncated(delta, rank, rounding)
+    if rank is None and rounded:
+        raise BadInput(
+            f"the weight of '{name}' was quantized after a start took part of it, so that the base lacks what rounding "
+            "changed and its update is no low-rank one: give a rank to cut it off at."
+        )
     if rank is None and factors.rank * sum(delta.shape) >= delta.numel():
         raise BadInput(
             f"the parametrization of '{name}' ({_kinds(held)}) is no low-rank update: give a rank to cut it off at, or "
