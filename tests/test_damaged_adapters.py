@@ -79,3 +79,9 @@ def test_a_damaged_folder_is_refused_in_one_sentence(folder: Path, damage: Calla
             read()
         assert says in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_is_not_loaded_onto_another(folder: Path) -> None:
+    model = load_adapter(base(), folder)
+    with pytest.raises(BadInput, match="'0' has an adapter already: fold the model first, or keep several with plait"):
+        load_adapter(model, folder)

@@ -25,7 +25,7 @@ from plait.integrations.peft_files import ORIGIN, read_files, read_origin
 from plait.integrations.peft_prompts import KINDS as SOFT
 from plait.integrations.peft_prompts import load_prompt, save_prompt, untie_from_others, whole_layers
 from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, matrix_shape
-from plait.parametrize.base import Parametrization, attach
+from plait.parametrize.base import Parametrization, attach, stack
 from plait.parametrize.freeze import freeze, mark_fresh
 from plait.parametrize.lean import spare
 from plait.parametrize.low_rank import LowRank, RowNorms, Shift, adapter_dtype
@@ -193,6 +193,11 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
         record_origin(model)
         return load_prompt(model, config, tensors, Path(folder))
     update = _update_from(model, config, tensors, Path(folder), any_base)
+    held = next((name for name in update.factors if stack(model.get_submodule(name))), None)
+    if held is not None:
+        raise BadInput(
+            f"'{held}' has an adapter already: fold the model first, or keep several with plait.adapters.Adapters."
+        )
     record_origin(model)
     freeze(model)
     spare(model)
