@@ -19,6 +19,7 @@ from plait.cli import app
 from plait.errors import BadInput
 from plait.recipe import Recipe
 from plait.workbench import compare as comparing
+from plait.workbench.run import run_recipe
 from plait.workbench.store import jobs
 
 PLAIN = "name: plain\nmodel: mlp\ndata: wine\ntask: classification\ntrain: {steps: 12, batch_size: 16}\nmethods:\n"
@@ -52,6 +53,28 @@ def test_each_run_has_its_process_and_finished_runs_are_kept(tmp_path: Path, cap
     assert "plain, seed 0: kept" in capfd.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert not again.exists()
+
+
+def test_several_runs_at_a_time_give_the_same_figures_and_equal_runs_are_shared(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"workers must be between 1 and the \d+ cores of this machine, not 0\."):
+        comparing.compare(recipes("plain"), out=tmp_path, workers=0)
+    one = comparing.compare(recipes("plain", "noisy"), seeds=1, out=tmp_path / "one", quiet=True)
+    shared = tmp_path / "shared"
+    several = comparing.compare(
+        recipes("plain", "noisy"), seeds=1, out=tmp_path / "two", runs=shared, workers=min(2, os.cpu_count() or 1)
+    )
+    assert figures(tmp_path / "one") == figures(tmp_path / "two")
+    assert len(several["runs"]) == len(one["runs"]) == 2
+    before = {p: p.stat().st_mtime_ns for p in shared.glob("*/*/results.json")}
+    comparing.compare(recipes("plain"), seeds=1, out=tmp_path / "three", runs=shared, quiet=True)
+    assert {p: p.stat().st_mtime_ns for p in shared.glob("*/*/results.json")} == before
+
+
+def test_the_validation_curve_has_a_point_every_so_many_steps() -> None:
+    text = RECIPES["plain"].replace("methods:", "validate_every: 5\nmethods:")
+    assert [point["step"] for point in run_recipe(Recipe.parse(text), quiet=True).results["curve"]] == [5, 10]
+    every = run_recipe(Recipe.parse(RECIPES["plain"]), quiet=True).results["curve"]
+    assert [point["step"] for point in every] == list(range(1, 13))
 
 
 def test_a_run_that_fails_is_named_and_the_others_stand(tmp_path: Path) -> None:

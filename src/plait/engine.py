@@ -184,12 +184,10 @@ def prepared(model: nn.Module, rule: torch.optim.Optimizer, methods: Sequence[Me
 def schedule_rates(rule: torch.optim.Optimizer, methods: Sequence[Method], now: Now) -> None:
     """Set the hyperparameters that follow a schedule to what they are at this step."""
     scales = scales_of(rule)
-    for m in methods:
-        if type(m).optimizer is not Method.optimizer:
-            for group, scale in zip(rule.param_groups, scales, strict=True):
-                for field, value in vars(m).items():
-                    if isinstance(value, Schedule):
-                        group[field] = now.at(value) * scale.get(field, 1.0)
+    for m in [m for m in methods if type(m).optimizer is not Method.optimizer]:
+        scheduled = {field: now.at(value) for field, value in vars(m).items() if isinstance(value, Schedule)}
+        for group, scale in zip(rule.param_groups, scales, strict=True):
+            group.update({field: value * scale.get(field, 1.0) for field, value in scheduled.items()})
     now.optimizer, now.learning_rate = rule, float(rule.param_groups[0].get("lr", 0.0)) / scales[0].get("lr", 1.0)
 
 

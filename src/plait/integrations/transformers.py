@@ -25,6 +25,7 @@ from plait.tensors import read_tensors, write_tensors
 from plait.train import oracle
 
 MEMORY = "plait-memory.safetensors"
+SEVERAL = "multi_label_classification"
 UNSHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel")
 """Language models whose labels stand at the place of their token already."""
 
@@ -170,11 +171,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             return cross_entropy(output, target, now)
         logits: Tensor = dense(output)
         if kind is None and logits.dim() == 2:
-            kind = "regression" if logits.shape[-1] == 1 else "multi" if target.is_floating_point() else None
+            kind = "regression" if logits.shape[-1] == 1 else SEVERAL if target.is_floating_point() else None
         if kind == "regression":
             squares = squared_error(logits, target.to(logits.dtype), now)
             return squares / max(logits[0].numel(), 1)
-        if kind in ("multi", "multi_label_classification"):
+        if kind == SEVERAL:
             each: Tensor = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
             return each.mean(-1)
         return cross_entropy(output, target, now)

@@ -16,7 +16,7 @@ from typing import Any
 from plait.errors import BadInput
 from plait.recipe import Recipe
 from plait.workbench.analysis import analyse, regroup
-from plait.workbench.local import run_all, threads
+from plait.workbench.local import check_workers, run_all, threads
 from plait.workbench.store import Job, jobs
 
 Values = dict[str, Any]
@@ -43,18 +43,12 @@ def compare(
     check(recipes, seeds)
     if engine not in ("local", "ray"):
         raise BadInput(f"engine must be local or ray, not '{engine}'.")
-    if not 1 <= workers <= (os.cpu_count() or 1):
-        raise BadInput(f"workers must be between 1 and the {os.cpu_count()} cores of this machine, not {workers}.")
+    check_workers(workers)
     place = Path(out) if out is not None else Path("runs") / "-vs-".join(r.name for r in recipes)[:100]
     todo = jobs(list(recipes), seeds, Path(runs) if runs is not None else place / "runs")
     check_on_models([r for r in recipes if any(job.recipe.name == r.name and job.finished() is None for job in todo)])
     with Bars(todo, quiet) as bars:
-        left = [job for job in todo if job.finished() is None]
-        for job in todo:
-            if job not in left:
-                bars.done(job, "kept")
-        for job in left:
-            job.ready()
+        left = bars.left()
         if engine == "ray":
             from plait.workbench.ray import run_all as run_on_ray
 
@@ -220,6 +214,17 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         if self._bars is not None:
             self._bars.stop()
+
+    def left(self) -> list[Job]:
+        """Return the runs that are not finished, each ready to be run; show the others as kept."""
+        left = []
+        for job in self.todo:
+            if job.finished() is None:
+                job.ready()
+                left.append(job)
+            else:
+                self.done(job, "kept")
+        return left
 
     def step(self, job: Job, told: Values) -> None:
         """Show how far a run is."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
+from plait.errors import BadInput
 from plait.workbench.store import Job
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ def run_all(jobs: Sequence[Job], bars: Bars, workers: int = 1) -> None:
             time.sleep(0.05)
     for done in running:
         done.result()
+
+
+def check_workers(workers: int) -> None:
+    """Refuse more runs at a time than there are cores, or none."""
+    if not 1 <= workers <= (os.cpu_count() or 1):
+        raise BadInput(f"workers must be between 1 and the {os.cpu_count()} cores of this machine, not {workers}.")
 
 
 def threads(workers: int) -> int:

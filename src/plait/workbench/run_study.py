@@ -19,7 +19,7 @@ from typing import Any
 from plait.errors import BadInput
 from plait.recipe import Recipe
 from plait.workbench.compare import Bars, compare, machine
-from plait.workbench.local import run_all
+from plait.workbench.local import check_workers, run_all
 from plait.workbench.run import versions, write_json
 from plait.workbench.store import Job, digest
 from plait.workbench.study import Study
@@ -35,6 +35,7 @@ def run_study(
 
     Raises BadInput for a study that cannot be run, KeyboardInterrupt when Ctrl-C was pressed; the same call goes on.
     """
+    check_workers(workers)
     place = Path(out) if out is not None else Path("runs") / study.study
     place.mkdir(parents=True, exist_ok=True)
     sized = {
@@ -94,11 +95,7 @@ def search(
     }
     todo = [job for jobs in trials.values() for job in jobs.values()]
     with Bars(todo, quiet) as bars:
-        left = [job for job in todo if job.finished() is None]
-        for job in todo:
-            if job not in left:
-                bars.done(job, "kept")
-        run_all(left, bars, workers)
+        run_all(bars.left(), bars, workers)
     return {name: _best(study, name, jobs) for name, jobs in trials.items()}
 
 
