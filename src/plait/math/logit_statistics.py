@@ -19,6 +19,7 @@ from torch import Tensor
 from plait.batch import IGNORE
 from plait.errors import BadInput
 from plait.math.threads import over_rows
+from plait.math.tracing import traced
 
 KERNEL_FROM = 2**17
 """How many logits make the CPU kernel worth its start; below, torch's own operations run."""
@@ -151,7 +152,7 @@ def logit_statistics(logits: Tensor, target: Tensor) -> LogitStatistics:
             f"logits of shape {tuple(logits.shape)} need targets of shape {tuple(logits.shape[:-1])}, not "
             f"{tuple(target.shape)}."
         )
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if traced():
         return _differentiable(logits, target)
     global _recent
     state = like(logits, target)

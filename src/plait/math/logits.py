@@ -20,9 +20,11 @@ from plait.math.logit_statistics import (
     logit_statistics,
     require_classes,
 )
+from plait.math.products import product
+from plait.math.tracing import traced
 
-CHUNK = 3 * 2**22
-"""How many logits are held at once: 48 MiB of float32."""
+CHUNK = 3 * 2**21
+"""How many logits are held at once: 24 MiB of float32."""
 
 
 class Logits:
@@ -76,7 +78,7 @@ class Logits:
 
     def statistics(self, target: Tensor) -> LogitStatistics:
         """Return the statistics of the logits at targets [...] of classes, each of the target's shape."""
-        if self._dense is not None or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        if self._dense is not None or traced():
             return logit_statistics(self.dense(), target)
         if target.shape != self.shape[:-1]:
             raise BadInput(f"logits of shape {tuple(self.shape)} do not fit targets of shape {tuple(target.shape)}.")
@@ -136,14 +138,11 @@ def statistics(output: Any, target: Tensor) -> LogitStatistics:
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, their logits), always in the same memory."""
-    size = max(min(CHUNK // len(weight), len(hidden)), 1)
-    held = hidden.new_empty(size, len(weight))
+    """Yield (rows, their logits)."""
+    size = max(CHUNK // len(weight), 1)
     for start in range(0, len(hidden), size):
-        rows = slice(start, min(start + size, len(hidden)))
-        z = held[: rows.stop - rows.start]
-        torch.mm(hidden[rows], weight.t(), out=z)
-        yield rows, z if bias is None else z.add_(bias)
+        rows = slice(start, start + size)
+        yield rows, product(hidden[rows], weight.t(), bias)
 
 
 class _LinearStatistics(torch.autograd.Function):
@@ -168,7 +167,7 @@ class _LinearStatistics(torch.autograd.Function):
             out[rows], argmax[rows] = forward(z, target[rows])
             if pull is not None:
                 slopes = only_log_sum.expand(len(z), 4).contiguous()
-                torch.mm(backward(z, target[rows], out[rows], argmax[rows], slopes, True), weight, out=pull[rows])
+                pull[rows] = product(backward(z, target[rows], out[rows], argmax[rows], slopes, True), weight)
         ctx.save_for_backward(hidden, weight, bias, target, out, argmax, pull)
         return tuple(column.contiguous() for column in out.unbind(-1))
 
@@ -204,7 +203,7 @@ def _trained_head(
     for rows, z in _chunks(hidden, weight, bias):
         slope = backward(z, target[rows], out[rows], argmax[rows], slopes[rows].contiguous(), True)
         if in_hidden is not None:
-            torch.mm(slope, weight, out=in_hidden[rows])
+            in_hidden[rows] = product(slope, weight)
         if in_weight is not None and in_weight.dtype == slope.dtype:
             in_weight.addmm_(slope.t(), hidden[rows])
         elif in_weight is not None:

@@ -26,6 +26,7 @@ from plait.layers import (
     unmatrix,
 )
 from plait.math.packed import Packed, quantized_elsewhere, readable, unrounded
+from plait.math.products import linear
 from plait.method import Method, method
 
 P = TypeVar("P", bound="Parametrization")
@@ -101,7 +102,7 @@ def run(layer: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None = 
     """Return the output of a linear layer with another weight, in the layer's own shape, and perhaps another bias."""
     bias = getattr(layer, "bias", None) if bias is None else bias
     if isinstance(layer, nn.Linear):
-        return F.linear(inputs, weight, bias)
+        return linear(inputs, weight, bias)
     if isinstance(layer, nn.Embedding):
         return F.embedding(
             inputs, weight, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse

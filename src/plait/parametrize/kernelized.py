@@ -13,6 +13,7 @@ from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Positive, Probability
 from plait.layers import is_transformers_conv1d, matches
+from plait.math.tracing import traced
 from plait.method import Method, Now, method
 from plait.parametrize.base import Adapter, Parametrization, attached
 from plait.parametrize.low_rank import adapter_dtype, check_rank
@@ -87,9 +88,7 @@ class KernelDelta(Parametrization):
 
     def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:
         """Return W x + (M * K) x, which keeps no matrix for the backward pass but forms M * K in it again."""
-        if not (isinstance(layer, nn.Linear) or is_transformers_conv1d(layer)):
-            return None
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if traced() or not (isinstance(layer, nn.Linear) or is_transformers_conv1d(layer)):
             return None
         given = (inputs, int(self.kept), *self.factors())  # by hand: the module may hold other tensors by then
         branch: Tensor = checkpoint(_branch, *given, use_reentrant=False, preserve_rng_state=False)

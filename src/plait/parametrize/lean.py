@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plait.math.threads import over_rows
+from plait.math.tracing import traced
 
 KERNEL_FROM = 2**16
 """How many numbers make a CPU kernel worth its start; below, torch's own operations run."""
@@ -174,9 +175,7 @@ def _keeps_history() -> bool:
     """Say whether an ordinary backward pass will follow, not a trace or a transform."""
     return (
         torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and not traced()
         and not torch.is_autocast_enabled("cpu")
         and not torch.is_autocast_enabled("cuda")
     )

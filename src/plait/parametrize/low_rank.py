@@ -15,6 +15,8 @@ from plait.errors import BadInput
 from plait.fields import Count, Positive
 from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix
 from plait.math.packed import Packed
+from plait.math.products import product
+from plait.math.tracing import traced
 from plait.method import Method, method
 from plait.parametrize.base import Adapter, Parametrization, Parametrize, dense_bias, dense_weight, stack
 from plait.parametrize.lean import sources_of
@@ -29,7 +31,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         flat, kind = x.reshape(-1, x.shape[-1]), x.dtype
-        y = F.linear(flat, weight.to(kind), None if bias is None else bias.to(kind))
+        y = product(flat, weight.to(kind).t(), None if bias is None else bias.to(kind))
         inner = flat @ A.to(kind).t()
         y.addmm_(inner, B.to(kind).t(), alpha=scale)
         ctx.again, sources = sources_of(x)
@@ -48,7 +50,7 @@ class _LowRankLinear(torch.autograd.Function):
         outer = scale * (grad @ B.to(kind))
         grad_x = grad_A = grad_B = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight.to(kind)).addmm_(outer, A.to(kind)).view(x.shape)
+            grad_x = product(grad, weight.to(kind)).addmm_(outer, A.to(kind)).view(x.shape)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0).to(ctx.biased)
         if ctx.needs_input_grad[3]:
@@ -69,9 +71,7 @@ def fusible(layer: nn.Module, inputs: Tensor) -> bool:
         not weight.requires_grad
         and (len(kinds) == 1 or torch.is_autocast_enabled(inputs.device.type))
         and type(weight) in (Tensor, nn.Parameter, Packed)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and not traced()
     )
 
 
