@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plait.math.products import WORTH_FROM, linear, product
+from plait.parametrize.folding import fold
 from plait.parametrize.low_rank import LoRA
 
 
@@ -89,3 +90,15 @@ def test_an_adapted_large_layer_agrees_with_its_dense_definition() -> None:
     ours, theirs = (torch.autograd.grad(output, given, slope) for output in (layer(x), dense))
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-3)
+
+
+def test_layers_beside_an_adapter_multiply_by_it_until_the_adapter_is_folded() -> None:
+    model = nn.Sequential(nn.Linear(192, 192), nn.Linear(192, 256))
+    x, _, _ = large()
+    plain = model(x)
+    LoRA(rank=4, where="0").parametrize(model)
+    adapted = model(x)
+    assert type(adapted.grad_fn).__name__ == "_FrozenLinearBackward"
+    torch.testing.assert_close(adapted, plain, rtol=1e-5, atol=1e-5)
+    fold(model)
+    assert not any("forward" in part.__dict__ for part in model.modules())

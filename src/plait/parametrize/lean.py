@@ -1,4 +1,5 @@
-"""What the backward pass of a frozen model need not keep: norms and gated activations are computed again from less.
+"""What the passes of a frozen model can do without: norms and gated activations are computed again from less, and
+linear layers multiply by `plait.math.products`.
 
 Under adapters nothing of a frozen layer needs a gradient but its input. A root-mean-square norm then keeps its input
 and one number a token, not three copies of it; a gated activation act(g) * u keeps g and u, and the layer after it,
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from plait.math.products import linear
 from plait.math.threads import over_rows
 from plait.math.tracing import traced
 
@@ -201,6 +203,10 @@ def _gated(block: nn.Module, x: Tensor) -> Tensor:
     return made
 
 
+def _linear(layer: nn.Module, input: Tensor) -> Tensor:
+    return linear(input, layer.weight, layer.bias)  # type: ignore[arg-type]
+
+
 def _epsilon(layer: nn.Module) -> float:
     return float(getattr(layer, "variance_epsilon", getattr(layer, "eps", None) or 0.0))
 
@@ -231,7 +237,10 @@ def _agrees(part: nn.Module, forward: Any, width: int, like: Tensor) -> bool:
 
 
 def spare(model: nn.Module) -> None:
-    """Let a model's norms and gated activations keep less. Parts whose own code computes something else are left."""
+    """Let a model's norms and gated activations keep less, and its linear layers take less time while they are frozen.
+
+    Parts whose own code computes something else are left.
+    """
     for part in model.modules():
         if "forward" in part.__dict__ or next(iter(part.parameters()), torch.empty(0)).is_meta:
             continue
@@ -241,11 +250,13 @@ def spare(model: nn.Module) -> None:
             weight: Tensor = part.gate_proj.weight  # type: ignore[union-attr, assignment]
             if weight.dim() == 2 and _agrees(part, _gated, weight.shape[1], weight):
                 part.forward = partial(_gated, part)
+        elif type(part) is nn.Linear:
+            part.forward = partial(_linear, part)  # type: ignore[method-assign]
 
 
 def restore(model: nn.Module) -> None:
     """Undo `spare`."""
     for part in model.modules():
         held = part.__dict__.get("forward")
-        if getattr(held, "func", None) in (_norm, _gated):
+        if getattr(held, "func", None) in (_norm, _gated, _linear):
             del part.__dict__["forward"]
