@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from plait.recipe import Recipe
-from plait.workbench.compare import run_one
+from plait.workbench.local import run_one
 from plait.workbench.plan import plan
 from plait.workbench.store import Job
 
