@@ -57,8 +57,8 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused() -> 
     assert again["metrics"] == first["metrics"]
     refused = plait("run", "wine.yaml", "--set", "seed=1")
     assert refused.exit_code == 2
-    assert "holds a run of another recipe (its seed: None; this one's: 1): give another --folder" in refused.stderr
-    assert plait("run", "wine.yaml", "--set", "seed=1", "--folder", "runs/one").exit_code == 0
+    assert "holds a run of another recipe (its seed: None; this one's: 1): give another --out" in refused.stderr
+    assert plait("run", "wine.yaml", "--set", "seed=1", "--out", "runs/one").exit_code == 0
 
 
 def test_a_stopped_run_goes_on_to_the_same_figures() -> None:
@@ -71,7 +71,7 @@ def test_a_stopped_run_goes_on_to_the_same_figures() -> None:
         "wine.yaml",
         "--set",
         "train.steps=4000",
-        "--folder",
+        "--out",
         "stopped",
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -108,7 +108,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], sentenc
 
 
 def test_a_file_where_a_folder_should_be_is_bad_input() -> None:
-    refused = plait("run", "wine.yaml", "--folder", "wine.yaml")
+    refused = plait("run", "wine.yaml", "--out", "wine.yaml")
     assert refused.exit_code == 2
     assert refused.stderr.splitlines()[-1] == (
         "plait: cannot use 'wine.yaml' (File exists): give another file or folder."
@@ -206,7 +206,7 @@ def _two_claims(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_two_claims")
 def test_verify_writes_evidence() -> None:
-    done = plait("verify", "LoRA", "--folder", "evidence", "--json")
+    done = plait("verify", "LoRA", "--out", "evidence", "--json")
     assert done.exit_code == 0
     written = json.loads(Path("evidence/lora.json").read_text())
     assert json.loads(done.stdout) == [written]
@@ -220,7 +220,7 @@ def test_verify_writes_evidence() -> None:
 
 @pytest.mark.usefixtures("_two_claims")
 def test_verify_can_begin_at_a_fresh_seed() -> None:
-    plait("verify", "lora", "--folder", "evidence", "--first-seed", "50", "--seeds", "2")
+    plait("verify", "lora", "--out", "evidence", "--first-seed", "50", "--seeds", "2")
     (claim,) = json.loads(Path("evidence/lora.json").read_text())["claims"]
     assert (claim["first seed"], claim["seeds"]) == (50, 2)
     assert claim["figures"] == pytest.approx([2.5, 2.51])
@@ -228,11 +228,11 @@ def test_verify_can_begin_at_a_fresh_seed() -> None:
 
 @pytest.mark.usefixtures("_two_claims")
 def test_a_claim_that_does_not_hold_gives_exit_code_1() -> None:
-    done = plait("verify", "--folder", "evidence")
+    done = plait("verify", "--out", "evidence")
     assert done.exit_code == 1
     assert "does not hold" in done.stdout
     assert Path("evidence/adamw.json").exists()
-    bare = plait("verify", "lion", "--folder", "evidence")
+    bare = plait("verify", "lion", "--out", "evidence")
     assert bare.exit_code == 2
     assert bare.stderr.startswith("plait: 'lion' has no claim to verify")
 
@@ -314,6 +314,6 @@ def test_an_unfinished_run_is_not_exported() -> None:
     refused = plait("export", "half", "out")
     assert refused.exit_code == 2
     assert refused.stderr == (
-        "plait: half holds a run that is not finished: finish it first, with the same `plait run ... --folder half`.\n"
+        "plait: half holds a run that is not finished: finish it first, with the same `plait run ... --out half`.\n"
     )
     assert not Path("out").exists()

@@ -121,7 +121,7 @@ def number(value: Any) -> str:
 def run(
     recipe: RecipePath,
     set_: Overrides = None,
-    folder: Annotated[Path | None, typer.Option(help="Where the run is kept [runs/NAME].", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the run is kept [runs/NAME].", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
     """Train what a recipe says; run it again to go on where it stopped."""
@@ -129,7 +129,7 @@ def run(
     from plait.workbench.run import run_recipe
 
     made = Recipe.read(recipe, set_ or [])
-    place = folder or Path("runs") / made.name
+    place = out or Path("runs") / made.name
     outcome = run_recipe(made, place)
     if as_json:
         say(outcome.results)
@@ -283,7 +283,7 @@ def show(name: Annotated[str, typer.Argument(help="A key or a name.")], as_json:
 @app.command()
 def verify(
     names: Annotated[list[str] | None, typer.Argument(help="Keys or names; all methods with claims if none.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where verdicts go [evidence].", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Where verdicts go [evidence].", show_default=False)] = None,
     seeds: Annotated[int | None, typer.Option(min=2, help="Seeds, instead of each claim's own number.")] = None,
     first_seed: Annotated[int | None, typer.Option(min=0, help="Where the seeds begin, for fresh ones.")] = None,
     as_json: Json = False,
@@ -294,7 +294,7 @@ def verify(
     from plait.workbench import verify as verifying
     from plait.workbench.run import versions
 
-    place = folder or index.evidence_folder()
+    place = out or index.evidence_folder()
     found, rows, holds = [], [], True
     for key, claims in verifying.claims_of(names or []).items():
         verdicts = []

@@ -144,7 +144,7 @@ SETS = {
     "tweets": Packaged("37,243 tweets graded negative, neutral, positive", "text-classification", _tweets),
     "chitchat": Packaged("7,168 conversations", TEXTS, _chitchat),
     "chitchat-pairs": Packaged("131,569 replies in conversations", TEXTS, _chitchat_pairs),
-    "chatterbot": Packaged("2,393 questions and answers", TEXTS, _chatterbot),
+    "chatterbot": Packaged("1,204 different questions and answers", TEXTS, _chatterbot),
     "kjv": Packaged("the King James Bible by chapter", TEXTS, _king_james),
     "python-stdlib": Packaged("the source of Python's library", TEXTS, _python_library),
     "mnist": Packaged("5,000 handwritten digits, 28x28", "image-classification", _mnist),

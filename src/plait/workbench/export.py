@@ -39,7 +39,7 @@ def export(
     recipe = Recipe.read(what / "recipe.yaml" if what.is_dir() else what, overrides)
     if what.is_dir() and not (what / "results.json").exists():
         raise BadInput(
-            f"{what} holds a run that is not finished: finish it first, with the same `plait run ... --folder {what}`."
+            f"{what} holds a run that is not finished: finish it first, with the same `plait run ... --out {what}`."
         )
     outcome = run_recipe(recipe, what if what.is_dir() else Path("runs") / recipe.name)
     folder.mkdir(parents=True, exist_ok=True)

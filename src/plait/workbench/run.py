@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, folder: Path) -> None:
         if odd:
             raise BadInput(
                 f"{folder} holds a run of another recipe (its {odd[0]}: {theirs.get(odd[0])}; this one's: "
-                f"{mine.get(odd[0])}): give another --folder, or delete that one to start anew."
+                f"{mine.get(odd[0])}): give another --out, or delete that one to start anew."
             )
     folder.mkdir(parents=True, exist_ok=True)
     recipe.write(held)
