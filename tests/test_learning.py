@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from plait import LOST, AdamW, train
+from plait import LOST, AdamW, LoRA, train
 from plait.method import Method
 from plait.parametrize.block import Bone
 from plait.parametrize.low_rank_sparse import SLTrain
@@ -41,3 +41,24 @@ def test_it_learns_and_saves(method: Method, left: float, tmp_path: Any) -> None
     assert run.history[-1]["objective"] < left * run.history[0]["objective"]
     again = train(net(), (X, TARGET), methods=methods, steps=120, batch_size=10, folder=tmp_path)
     assert torch.equal(again.model(X), run.model(X))
+
+
+class OneOfTwo(nn.Module):
+    """A model of which the loss sees one branch only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.used(x)
+        return y
+
+
+def test_what_no_gradient_reaches_is_named() -> None:
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(
+        UserWarning, match=r"no gradient ever reached 'unused.plait.lora.A' and 1 more: the loss does not"
+    ):
+        train(OneOfTwo(), (x, x.sum(1, keepdim=True)), methods=[LoRA(rank=1)], steps=2)
+    train(OneOfTwo(), (x, x.sum(1, keepdim=True)), methods=[LoRA(rank=1, where="used")], steps=2)

@@ -24,6 +24,7 @@ from plait.rates import multiply_rates, scales_of
 from plait.sampler import Sampler
 from plait.schedule import Schedule
 from plait.shapes import naming_the_layer
+from plait.unreached import Unreached
 
 
 class Pairs:
@@ -232,6 +233,7 @@ class Engine:
         self.seed, self.sharding, self.accelerator = seed, sharding_by, accelerator
         self.lower: torch.dtype | None = None if precision == "float32" else getattr(torch, precision)
         self.scale, self.batch_size = 1.0, 0
+        self.unreached = Unreached()
         self.device = torch.device(device) if device else accelerator.device
         self.call = call or call_model
         self.processes = accelerator.num_processes
@@ -364,7 +366,8 @@ class Engine:
         self.accelerator.backward(objective if self.scale == 1 else objective * self.scale)
 
     def finite(self, objective: Tensor, model: nn.Module) -> bool:
-        """Say whether the objective and every gradient are finite."""
+        """Say whether the objective and every gradient are finite; note what no gradient has reached yet."""
+        self.unreached.look(model)
         sums = [
             sharding.full(p.grad.detach().sum(dtype=torch.float32)) for p in model.parameters() if p.grad is not None
         ]

@@ -129,6 +129,7 @@ def train(
             save(folder, model, now, fits, rule, sampler, run)
         if stopped:
             return run
+    engine.unreached.warn()
     if folder is not None:
         save(folder, model, now, fits, rule, sampler, run)
     model = engine.whole(model)
