@@ -37,6 +37,12 @@ def plait(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
+def test_a_warning_is_one_line() -> None:
+    script = "import warnings; from plait import cli; cli.app = lambda **_: warnings.warn('look here'); cli.main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "warning: look here\n"
+
+
 # -- run -----------------------------------------------------------------------------------------------------------
 def test_run_trains_and_writes_down_what_it_saw() -> None:
     done = plait("run", "wine.yaml", "--json")

@@ -7,6 +7,7 @@ why, and what to do); 130 stopped by Ctrl-C, after a checkpoint where there is a
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -337,8 +338,13 @@ def export(
         typer.echo(str(path))
 
 
+def _one_line(message: Warning | str, *where: Any, **more: Any) -> str:
+    return f"warning: {message}\n"
+
+
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    warnings.formatwarning = _one_line
     app(prog_name="plait")
 
 
