@@ -340,6 +340,22 @@ def test_files_made_for_a_base_that_is_quantized_otherwise_are_refused(tmp_path:
     load_adapter(base(bits=8), tmp_path, any_base=True)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_base_that_is_loaded_under_an_adapter_is_the_adapters_base(inside: bool, tmp_path: Path) -> None:
+    model, other = attach(tiny_llama(), LoRA(rank=2)), tiny_llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    if inside:
+        nn.ModuleDict({"inner": model}).load_state_dict({f"inner.{k}": v for k, v in other.state_dict().items()})
+    else:
+        copy.deepcopy(model).load_state_dict(model.state_dict())  # an adapted model's own, which changes nothing
+        model.load_state_dict(other.state_dict())
+    save_adapter(model, tmp_path)
+    load_adapter(other, tmp_path)
+    with pytest.raises(BadInput, match=r"another base: 1 of 21 weights, 'model.layers.1.mlp.up_proj.weight' first"):
+        load_adapter(tiny_llama(), tmp_path)
+
+
 def test_files_made_for_another_base_are_refused(tmp_path: Path) -> None:
     model = attach(tiny_llama(), LoRA(rank=2))
     PiSSA().initialize(model, Now())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +73,20 @@ def _adapted(model: nn.Module) -> bool:
 def record_origin(model: nn.Module) -> None:
     """Note what the base is, before the first adapter is put on it."""
     if not _adapted(model):
+        if not hasattr(model, "_plait_origin"):
+            model.register_load_state_dict_pre_hook(_loading)  # type: ignore[no-untyped-call]
         model._plait_origin = _now(model)  # type: ignore[assignment]
         model._plait_buffers = _buffers(model)  # type: ignore[assignment]
+
+
+def _loading(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Note the digests of another base whose weights are loaded under the adapters."""
+    if any(".plait." in f".{name}" for name in state_dict):
+        return  # an adapted model's: starts may have taken part of its weights out
+    origin: dict[str, str] = model._plait_origin  # type: ignore[assignment]
+    for name in origin.keys() & {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}:
+        form = origin[name].partition(" ")[2]
+        origin[name] = f"{_numbers(state_dict[prefix + name])} {form}".rstrip()
 
 
 def moved_buffers(model: nn.Module) -> list[str]:
