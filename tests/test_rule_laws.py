@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.math import kernels, storage
+from plait.math import kernel_source, kernels, storage
 from plait.math.kernel_source import Layout
 from plait.step.adam import AdamW
 from plait.step.base import Rule
@@ -73,6 +73,21 @@ def test_rounded_states_agree_between_kernel_and_plain_loop(key: str, states: st
     fast, plain = (stepped(key, states=states, weight_decay=0.1, fused=fused) for fused in (True, False))
     for name, a, b in pairs(fast, plain):
         assert ((a - b).abs() > 10 * PARTS * (1 + b.abs())).float().mean() <= FLIPPED, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("states", storage.KINDS)
+def test_weights_larger_than_the_stash_are_stepped_alike(
+    states: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a rule with a trust ratio keeps the direction of a part of a weight only."""
+    options: dict[str, Any] = {"states": states, "dtype": dtype, "weight_decay": 0.1}
+    whole = stepped("lamb", **options)
+    monkeypatch.setattr(kernel_source, "STASH", 700)
+    monkeypatch.setattr(kernels, "_COMPILED", {})
+    for name, part, all_kept in pairs(stepped("lamb", **options), whole):
+        assert not part.isnan().any()
+        assert ((part - all_kept).abs() > 10 * PARTS * (1 + all_kept.abs())).float().mean() <= FLIPPED, name
 
 
 TRUE_TO = {"bfloat16": 0.005, "8bit": 0.03}

@@ -15,6 +15,8 @@ from typing import Any
 
 from plait.math.update_rule import FUNCTIONS, UpdateRule
 
+STASH = 2**22
+"""For how many elements of a weight a rule with a trust ratio keeps the direction; for the others it finds it twice."""
 FIRST_ADDRESS = 4
 """An item is (row of scalars, count, width, index of the first element, addresses...)."""
 
@@ -48,8 +50,21 @@ def run(items, scalars):
 """
 
 NORMS = """
+        kept = min(count, len(stash) // width * width)
         weight_norm, direction_norm = 0.0, 0.0
-{loop}
+{first_loop}
+            held = stash[begin : begin + size]
+            some, other = float32(0), float32(0)
+            for i in range(size):
+                new = direction({elements})
+                held[i] = new[0]
+                some += {weight} * {weight}
+                other += new[0] * new[0]
+{store}
+{pack}
+            weight_norm += some
+            direction_norm += other
+{other_loop}
             some, other = float32(0), float32(0)
             for i in range(size):
                 way = direction({elements})[0]
@@ -60,16 +75,23 @@ NORMS = """
         rate *= trust(sqrt(weight_norm), sqrt(direction_norm), {arguments})
 """
 
+STASHED = """
+{loop}
+            held = stash[begin : begin + size]
+            for i in range(size):
+                {weight_out}
+"""
+
 # Blocks are arrays of their own, counted from 0: an index that may be negative would not be vectorized.
 IN_BLOCKS = """
-        for begin in range(0, count, 4096):
-            size = min(4096, count - begin)
+        for begin in range({start}, {end}, 4096):
+            size = min(4096, {end} - begin)
 {arrays}
 """
 
 IN_ROWS = """
         across = (width + 255) // 256
-        for number in range(count // width * across):
+        for number in range({start} // width * across, {end} // width * across):
             begin = number // across * width + number % across * 256
             size = min(256, (number // across + 1) * width - begin)
 {arrays}
@@ -171,9 +193,10 @@ class Text:
                 place += 1
         return textwrap.indent("\n".join(lines), " " * 12)
 
-    def loop(self) -> str:
-        """The head of the loop over blocks."""
-        return (IN_ROWS if self.layout.states == "8bit" else IN_BLOCKS).format(arrays=self.arrays()).strip("\n")
+    def loop(self, start: str, end: str, arrays: str | None = None) -> str:
+        """The head of the loop over the blocks of a range of elements."""
+        form = IN_ROWS if self.layout.states == "8bit" else IN_BLOCKS
+        return form.format(start=start, end=end, arrays=self.arrays() if arrays is None else arrays).strip("\n")
 
     def read(self, name: str) -> str:
         """An element as float32."""
@@ -204,12 +227,39 @@ class Text:
             lines.append(f"{name}_scale[0] = pack({name}[:size], {name}_codes, random[:size], {which})")
         return textwrap.indent("\n".join(lines), " " * 12)
 
+    def moved(self, direction: str) -> str:
+        """What moves one element of the weight."""
+        value = f"{self.read('weight')} - step * {direction}"
+        return f"weight[i] = {f'narrowed({value})' if self.layout.weight == 'bfloat16' else value}"
+
     def norms(self, elements: str) -> str:
         """What multiplies the rate by the trust ratio."""
         if self.rule.trust is None:
             return ""
-        arguments = ", ".join(trust(self.rule)[1])
-        return NORMS.format(loop=self.loop(), elements=elements, arguments=arguments, weight=self.read("weight"))
+        return NORMS.format(
+            first_loop=self.loop("0", "kept"),
+            other_loop=self.loop("kept", "count"),
+            elements=elements,
+            weight=self.read("weight"),
+            store=self.store(),
+            pack=self.pack(),
+            arguments=", ".join(trust(self.rule)[1]),
+        )
+
+    def step(self, elements: str) -> str:
+        """What moves the weight and stores the states, where that is not done."""
+        whole = self.rule.trust is None
+        rest = ELEMENTS.format(
+            loop=self.loop("0" if whole else "kept", "count"),
+            elements=elements,
+            weight_out=self.moved("new[0]"),
+            store=self.store(),
+            pack=self.pack(),
+        )
+        if whole:
+            return rest
+        weight = self.arrays().splitlines()[0]
+        return STASHED.format(loop=self.loop("0", "kept", weight), weight_out=self.moved("held[i]")) + rest
 
 
 def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> str:
@@ -221,23 +271,16 @@ def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> st
         parts.append(f"\n@njit(**HOW)\n{trust(rule)[0]}\n")
     reads = [text.read("weight"), f"scale * {text.read('gradient')}", *map(text.read, rule.states), *constants]
     elements = ", ".join(reads)
-    moved = f"{text.read('weight')} - step * new[0]"
     numbers = [f"{s} = scalars[row, {3 + n}]" for n, s in enumerate(rule.scalars)]
     numbers += [f"{name} = float32({expression})" for name, expression in constants.items()]
     numbers += [f"key{n} = hashed(key, {n})" for n in range((len(rule.states) + 1) // 2)]
     scratch = [f"{state} = empty(256, float32)" for state in rule.states] if layout.states == "8bit" else []
     scratch += ["random = empty(256, int32)"] if scratch else []
-    step = ELEMENTS.format(
-        loop=text.loop(),
-        elements=elements,
-        weight_out=f"weight[i] = {f'narrowed({moved})' if layout.weight == 'bfloat16' else moved}",
-        store=text.store(),
-        pack=text.pack(),
-    )
+    scratch += [f"stash = empty(min({STASH}, items[:, 1].max()), float32)"] if rule.trust is not None else []
     run = RUN.format(
         scratch=textwrap.indent("\n".join(scratch), " " * 4),
         numbers=textwrap.indent("\n".join(numbers), " " * 8),
         norms=text.norms(elements),
-        step=step.strip("\n"),
+        step=text.step(elements).strip("\n"),
     )
     return "\n".join([*parts, run])
