@@ -95,5 +95,5 @@ def test_a_cosine_falls_within_each_cycle_and_begins_each_at_its_peak(growth: fl
 
 @pytest.mark.parametrize("fields", [{"cycles": 0}, {"growth": 0.0}])
 def test_a_cosine_without_a_cycle_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match="a cosine has at least 1 cycle and a growth above 0"):
+    with pytest.raises(BadInput, match="a cosine has a whole number of cycles and a growth above 0"):
         Cosine(peak=1.0, **fields)

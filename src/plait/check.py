@@ -110,5 +110,6 @@ def _refuse_lost(m: Method, model: nn.Module) -> None:
         maps = dict.fromkeys(
             known for layer, _ in linear_maps(model) if not (known := layer.rpartition(".")[2]).isdigit()
         )
-        hint = hint or f"; its layers are called {', '.join(list(maps)[:8] or layers[:8])}"
+        called = ", ".join(list(maps)[:8] or layers[:8])
+        hint = hint or (f"; its layers are called {called}" if called else ", which is one layer without a name")
         raise BadInput(f"{name}(where={m.where!r}) matches no layer and no weight of {type(model).__name__}{hint}.")

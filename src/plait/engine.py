@@ -183,7 +183,9 @@ def prepared(model: nn.Module, rule: torch.optim.Optimizer, methods: Sequence[Me
 
 
 def schedule_rates(rule: torch.optim.Optimizer, methods: Sequence[Method], now: Now) -> None:
-    """Set the hyperparameters that follow a schedule to what they are at this step."""
+    """Set the hyperparameters that follow a schedule to what they are at this step; begin a round that is due."""
+    if turn := getattr(rule, "turn", None):
+        turn()
     scales = scales_of(rule)
     for m in [m for m in methods if type(m).optimizer is not Method.optimizer]:
         scheduled = {field: now.at(value) for field, value in vars(m).items() if isinstance(value, Schedule)}

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from plait.errors import BadInput, did_you_mean
@@ -17,6 +18,13 @@ from plait.errors import BadInput, did_you_mean
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """A number as a function of progress in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        title = next((name for name, kind in SCHEDULES.items() if kind is type(self)), type(self).__name__)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in ("float", "int") and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise BadInput(f"the schedule '{title}' needs a number for '{f.name}', not {value!r}.")
 
     def at(self, progress: float) -> float:
         """Return the number at `progress`."""
@@ -48,6 +56,7 @@ class Linear(Schedule):
     until: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_shares("linear", begin=self.begin, until=self.until)
         if self.begin > self.until:
             raise BadInput(f"a linear schedule begins before it ends, not at {self.begin} and {self.until}.")
@@ -81,10 +90,11 @@ class Cosine(Schedule):
     growth: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_shares("cosine", warmup=self.warmup)
-        if self.cycles < 1 or self.growth <= 0:
+        if self.cycles < 1 or self.cycles != int(self.cycles) or self.growth <= 0:
             given = f"cycles={self.cycles} and growth={self.growth}"
-            raise BadInput(f"a cosine has at least 1 cycle and a growth above 0, not {given}.")
+            raise BadInput(f"a cosine has a whole number of cycles and a growth above 0, not {given}.")
 
     def at(self, progress: float) -> float:
         """Return the number at `progress`."""
@@ -96,9 +106,7 @@ class Cosine(Schedule):
 
     def _within(self, part: float) -> float:
         """Return where in its cycle a point of the run lies, in [0, 1)."""
-        if self.growth == 1:
-            return (part * self.cycles) % 1.0
-        lengths = [self.growth**cycle for cycle in range(self.cycles)]
+        lengths = [self.growth**cycle for cycle in range(int(self.cycles))]
         left = part * sum(lengths)
         for length in lengths:
             if left < length * (1 - 1e-12):
@@ -125,7 +133,13 @@ class WarmupStableDecay(Schedule):
     decay: float = 0.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_shares("warmup-stable-decay", warmup=self.warmup, decay=self.decay)
+        if self.warmup + self.decay > 1 + 1e-12:
+            raise BadInput(
+                f"the warmup and the decay of the schedule 'warmup-stable-decay' are parts of one run, so their sum is "
+                f"at most 1, not {self.warmup:g} + {self.decay:g}."
+            )
 
     def at(self, progress: float) -> float:
         """Return the number at `progress`."""
@@ -152,6 +166,7 @@ class Switch(Schedule):
     at_progress: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_shares("switch", at_progress=self.at_progress)
 
     def at(self, progress: float) -> float:
@@ -182,6 +197,7 @@ class Tuned(Schedule):
     name: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.low < self.start < self.high:
             raise BadInput(
                 f"a tuned number starts between its ends, and {self.start} is not between {self.low} and {self.high}."
@@ -227,13 +243,9 @@ def from_config(config: dict[str, Any]) -> Schedule:
     if kind is None:
         raise BadInput(f"there is no schedule '{name}'{did_you_mean(name, SCHEDULES)}.")
     known = [f.name for f in fields(kind)]
-    for field, number in dict(given or {}).items():
+    for field in dict(given or {}):
         if field not in known:
             raise BadInput(f"the schedule '{name}' has no field '{field}'{did_you_mean(field, known)}.")
-        if isinstance(number, str if field == "name" else bool) and field in ("name", "each_layer"):
-            continue
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise BadInput(f"the schedule '{name}' needs a number for '{field}', not {number!r}.")
     try:
         return kind(**dict(given or {}))
     except TypeError:

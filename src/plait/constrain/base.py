@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
+from plait.gradient.base import resting
 from plait.layers import is_linear_map, layers, require_layers
 from plait.method import Method, Now, method
 
@@ -28,15 +29,15 @@ class Constraint(Method):
         """Return the nearest weight that obeys."""
         raise NotImplementedError
 
-    def targets(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-        """Yield (name, layer, weight) of the trained weights, a shared one once; refuse if there is none."""
+    def targets(self, model: nn.Module, now: Now) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+        """Yield (name, layer, weight) of the trained weights, a shared one once; refuse if there never is one."""
         seen: set[int] = set()
         for name, layer in layers(model, self.where, self.kinds):
             weight: nn.Parameter = layer.weight  # type: ignore[assignment]
             if weight.requires_grad and id(weight) not in seen:
                 seen.add(id(weight))
                 yield name, layer, weight
-        if not seen:
+        if not seen and not resting(now):
             raise BadInput(
                 f"{type(self).__name__} finds no weight that is trained: drop it, or what freezes the model."
             )
@@ -48,7 +49,7 @@ class Constraint(Method):
     @torch.no_grad()
     def constrain(self, model: nn.Module, now: Now) -> None:
         """Project each weight, in place."""
-        for name, layer, weight in self.targets(model):
+        for name, layer, weight in self.targets(model, now):
             weight.copy_(self.project_layer(name, layer, weight, now))
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:

@@ -42,7 +42,7 @@ class LAWN(Constraint):
     def norms(self, model: nn.Module, now: Now) -> dict[str, Tensor]:
         """Return each layer's fixed norm, as it was when the constraint began."""
         held = now.of(self)
-        for name, _, weight in self.targets(model):
+        for name, _, weight in self.targets(model, now):
             if name not in held:
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 norm: Tensor = torch.linalg.vector_norm(weight.detach(), dtype=wide)
@@ -60,7 +60,7 @@ class LAWN(Constraint):
                 return value
             plain = model if now.model is None else now.model  # a wrapper gives layers other names
             self.norms(plain, now)
-            for _, _, weight in self.targets(plain):
+            for _, _, weight in self.targets(plain, now):
                 if weight.grad is not None:
                     along = (weight * weight.grad).sum() / weight.square().sum().clamp_min(1e-30)
                     weight.grad.sub_(weight * along)
@@ -74,6 +74,6 @@ class LAWN(Constraint):
         if now.progress < self.warmup:
             return
         held = self.norms(model, now)
-        for name, _, weight in self.targets(model):
+        for name, _, weight in self.targets(model, now):
             if held[name] > 0:
                 weight.copy_(sphere(weight, held[name]))

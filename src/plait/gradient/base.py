@@ -37,8 +37,12 @@ class Gradient(Method):
 
     def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the trained parameters whose name, or whose layer's name, matches `where`."""
+        yield from ((name, parameter) for name, parameter in self.named(model) if parameter.requires_grad)
+
+    def named(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters, trained or not, whose name, or whose layer's name, matches `where`."""
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and (matches(self.where, name) or matches(self.where, name.rpartition(".")[0])):
+            if matches(self.where, name) or matches(self.where, name.rpartition(".")[0]):
                 yield name, parameter
 
     def gradients(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:

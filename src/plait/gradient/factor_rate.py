@@ -61,7 +61,7 @@ class LoRAPlus(Method):
                     f"LoRAPlus(where={self.where!r}) finds no LoRA adapter that is trained: add LoRA, or change where."
                 )
             for number, factor in factors:
-                if factor.requires_grad:  # layers may take turns, and the next turn begin before `constrain`
+                if factor.requires_grad and number not in now.of(self):  # a method around this may ask again elsewhere
                     now.of(self)[number] = factor.detach().clone()
             return value
 

@@ -72,9 +72,11 @@ class AGVM(Gradient):
         """How often a step asks in which both halves are compared, each with half of the batch; else once."""
         return 2
 
-    def groups(self, model: nn.Module) -> dict[str, int]:
-        """Return the number of each trained parameter's module, by the parameter's name."""
-        names = [name for name, _ in self.parameters(model)]
+    def groups(self, model: nn.Module, now: Now | None = None) -> dict[str, int]:
+        """Return the number of each trained parameter's module, by the parameter's name, also while it rests."""
+        stepped = () if now is None or now.optimizer is None else now.optimizer.param_groups
+        own = {id(p) for group in stepped for p in group["params"]}
+        names = [name for name, p in self.named(model) if p.requires_grad or id(p) in own]
         patterns = self.modules or tuple(re.escape(child) for child, _ in model.named_children())
         found: dict[str, int] = {}
         for name in names:
@@ -107,22 +109,29 @@ class AGVM(Gradient):
 
         def aligned(model: nn.Module, now: Now) -> Tensor:
             plain = model if now.model is None else now.model
-            groups, parameters, state = self.require(self.groups(plain)), dict(plain.named_parameters()), now.of(self)
-            scale = state.setdefault("scale", torch.ones(1 + max(groups.values()), dtype=torch.float64))
+            groups, parameters, state = (
+                self.require(self.groups(plain, now)),
+                dict(plain.named_parameters()),
+                now.of(self),
+            )
+            state.setdefault("scale", torch.ones(1 + max(groups.values()), dtype=torch.float64))
             if "step" in state and int(state["step"]) == now.step:
                 return ask(model, now)  # a method around this one asks again, at weights that it has moved
             state["step"] = torch.tensor(now.step)
             due = now.step >= self.warmup and (now.step - self.warmup) % self.every == 0
             if due and smallest(len(now.batch), now) > 1:
                 value, halves = halved(ask, plain, model, now)
-                scale.copy_(self.momentum * scale + (1 - self.momentum) * self.ratios(groups, halves, state))
+                ratios = self.ratios(groups, halves, state)  # of modules that rest in this step: none
+                mixed = self.momentum * state["scale"] + (1 - self.momentum) * ratios
+                state["scale"] = torch.where(ratios.isnan(), state["scale"], mixed)
             else:
                 value = ask(model, now)
+            scale = state["scale"]
             for name, number in groups.items():
                 if self.adaptive and (gradient := parameters[name].grad) is not None:
                     squares = state.setdefault(f"{name}/squares", torch.zeros_like(gradient))
                     squares.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-                if number and float(scale[number]) != 1.0:
+                if number and float(scale[number]) != 1.0 and parameters[name].requires_grad:
                     state[f"{name}/before"] = parameters[name].detach().clone()
             return value
 
@@ -132,7 +141,7 @@ class AGVM(Gradient):
     def constrain(self, model: nn.Module, now: Now) -> None:
         """Scale the step that was just taken."""
         state, parameters = now.of(self), dict(model.named_parameters())
-        for name, number in self.groups(model).items():
+        for name, number in self.groups(model, now).items():
             before = state.pop(f"{name}/before", None)
             if before is not None:
                 parameters[name].copy_(before + float(state["scale"][number]) * (parameters[name] - before))
@@ -142,6 +151,8 @@ class AGVM(Gradient):
 
         def of(number: int) -> float:
             names = [name for name, own in groups.items() if own == number and name in halves[0] and name in halves[1]]
+            if not names:
+                return float("nan")
             return variance(*([self.seen(name, half[name], state) for name in names] for half in halves))
 
         found = torch.tensor([of(number) for number in range(1 + max(groups.values()))], dtype=torch.float64)

@@ -123,8 +123,9 @@ class VanishingGradientRegularizer(Gradient):
                     "VanishingGradientRegularizer trains recurrent weights, and one is frozen: unfreeze it (adapters "
                     "freeze the model), or name other layers in where."
                 )
-            factor = strength * float(now.share or 1 / hidden.shape[1])
-            passed: Tensor = Through.apply(hidden, weight, layer.nonlinearity, factor, self.bound, seen)  # type: ignore[no-untyped-call]
+            share = float(now.share or 1 / hidden.shape[1])  # of an example in what is differentiated
+            given = hidden, weight, layer.nonlinearity, strength * share, self.bound * share, seen
+            passed: Tensor = Through.apply(*given)  # type: ignore[no-untyped-call]
             return passed
 
         def sequence(layer: Any, _: Any, output: Any) -> tuple[Tensor, Tensor]:

@@ -159,16 +159,18 @@ class FullBatch(Gradient):
                     "FullBatch needs the whole set in each batch: set batch_size to the number of examples, and "
                     "accumulate to as many micro-batches as memory needs."
                 )
-            whole, value, sums = now.batch, torch.zeros(()), dict[nn.Parameter, Tensor]()
+            whole, value, sums, parts = now.batch, torch.zeros(()), dict[nn.Parameter, Tensor](), dict[str, float]()
             for part, share in blocks(whole, self.block):
                 now.batch = part
                 value = value.to(share.device) + share * self.block_gradient(ask, model, now)
+                for name, figure in now.parts.items():
+                    parts[name] = parts.get(name, 0.0) + float(share) * figure
                 for p in model.parameters():
                     if p.grad is not None:
                         weighed = p.grad * share.to(p.grad.dtype)
                         sums[p] = sums[p].add_(weighed) if p in sums else weighed
                     p.grad = None
-            now.batch = whole
+            now.batch, now.parts = whole, parts
             for p, total in sums.items():
                 p.grad = total
             return value

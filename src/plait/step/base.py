@@ -57,7 +57,7 @@ class Rule(Method):
         """Return the method, or, when the first argument holds parameters, the optimizer over them."""
         if parameters is None:
             return super().__new__(cls)
-        if rest or not isinstance(parameters, Iterable):
+        if rest or not isinstance(parameters, Iterable) or isinstance(parameters, nn.Module):
             raise BadInput(
                 f"{cls.__name__} takes its fields by name, as in {cls.__name__}(lr=...), or "
                 f"{cls.__name__}(model.parameters(), lr=...)."
@@ -192,11 +192,21 @@ class RuleOptimizer(torch.optim.Optimizer):
         for name in set(param_group) - known - {"params", "param_names", "initial_lr"}:
             raise BadInput(f"{title} has no field '{name}'{did_you_mean(name, known)}.")
         super().add_param_group(param_group)
+        for name, value in self.param_groups[-1].items():
+            if isinstance(value, dict):
+                self.param_groups.pop()
+                raise BadInput(
+                    f"{title}.{name} was given by the names of weights: give this group a number of its own."
+                )
         if self.param_groups[-1]["states"] != "float32" and not type(self.method).rounds():
             raise BadInput(f"{title} keeps states of its own in float32: leave out states=.")
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
                 raise BadInput(f"{title} is not defined for complex weights: train torch.view_as_real of them.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all that a copy or a file needs: torch's own leaves out what is not its own."""
+        return {name: held for name, held in vars(self).items() if name[0] != "_" and name != "step"}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -205,6 +215,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.advance()
+        return loss
+
+    def advance(self) -> None:
+        """Take the step along the gradients that are at hand; a rule that looks further overrides this."""
         number, work = -1, Work(self.method.rule(), type(self.method).__name__)
         for place, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -222,7 +237,6 @@ class RuleOptimizer(torch.optim.Optimizer):
                 else:
                     self._elementwise(p, state, group, place, work)
         work.run()
-        return loss
 
     def _whole(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any], number: int) -> None:
         """Step a weight that the rule takes whole; of a sharded one every process gathers all and keeps its share."""
@@ -295,6 +309,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise BadInput(f"this optimizer state is of other parameters: '{odd}' stands on one side only.")
             numbers = dict(zip(theirs, saved["params"], strict=True))
             saved["params"], saved["param_names"] = [numbers[name] for name in ours], list(ours)
+        self._refuse_others(state_dict)
         super().load_state_dict({**state_dict, "param_groups": groups})
         # torch casts every state to its weight's dtype: put back what a bfloat16 weight's float32 state lost.
         own_parameters = [p for group in self.param_groups for p in group["params"]]
@@ -304,6 +319,21 @@ class RuleOptimizer(torch.optim.Optimizer):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
                 if is_sharded(p) and name.endswith(kept.scale_of("")) and not is_sharded(self.state[p][name]):
                     self.state[p][name] = kept.rows_of(self.state[p][name], p)
+            if isinstance(self.state.get(p, {}).get("step"), Tensor):  # as torch's own optimizers keep it
+                self.state[p]["step"] = int(self.state[p]["step"])
+
+    def _refuse_others(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the states of another rule, where all that this one keeps is known."""
+        if type(self) is not RuleOptimizer or type(self.method).takes_whole is not Rule.takes_whole:
+            return
+        own = self.method.rule().states
+        known = {"step", *own, *map(kept.scale_of, own)}
+        for state in state_dict["state"].values():
+            if odd := sorted(set(state) - known):
+                raise BadInput(
+                    f"this optimizer state holds '{odd[0]}', which {type(self.method).__name__} does not keep: it is "
+                    "another rule's."
+                )
 
     def __repr__(self) -> str:
         return super().__repr__().replace(type(self).__name__, type(self.method).__name__, 1)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from plait.catalogue import paper
@@ -22,21 +21,15 @@ from plait.step.base import Rule, RuleOptimizer
 class PairOptimizer(RuleOptimizer):
     """The optimizer of `RiemannLoRA`: parameters of groups with manifold=True are pairs A, B, A, B, ..."""
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the pairs together, and the other parameters each by itself; return what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def advance(self) -> None:
+        """Step the pairs together, and the other parameters each by itself."""
         for group in self.param_groups:
             if group["manifold"]:
                 held = group["params"]
                 for a, b in zip(held[::2], held[1::2], strict=True):
                     if a.grad is not None and b.grad is not None and len(a):
                         self._step_pair(a, b, group)
-        super().step()
-        return loss
+        super().advance()
 
     def _step_pair(self, a: Tensor, b: Tensor, group: Mapping[str, Any]) -> None:
         state, kind, ascend = self.state[a], exact(a.dtype), -1.0 if group["maximize"] else 1.0

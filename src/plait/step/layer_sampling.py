@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -99,10 +99,13 @@ class RoundsOptimizer(RuleOptimizer):
     """Freezes what a round leaves out, and drops its gradients and states.
 
     Every parameter group holds the steps `taken` and the `seed` of the draws, so that a loaded state goes on with the
-    round that it was saved in.
+    round that it was saved in. A round begins right after the last step of the one before; in a loop that says when its
+    steps begin (`turn`, as plait.train does) it begins there, so that what follows a step still sees what was stepped.
     """
 
     method: Rounds
+    told: bool = False
+    """Whether the loop says when its steps begin."""
 
     def __init__(self, rule: Rounds, parameters: Any) -> None:
         super().__init__(rule, parameters)
@@ -117,10 +120,28 @@ class RoundsOptimizer(RuleOptimizer):
             group["taken"], group["seed"] = 0, torch.initial_seed() % 2**53  # a number that JSON keeps exactly
         self.begin()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group before the first round; refuse it later, for the draws are among all layers."""
+        if hasattr(self, "layers"):
+            title = type(self.method).__name__
+            raise BadInput(f"{title} draws among the layers that it began with: make a new {title} of all parameters.")
+        super().add_param_group(param_group)
+
+    def number(self) -> int:
+        """Return the number of the round that the next step belongs to."""
+        group = self.param_groups[0]
+        return int(group["taken"] // group["period"]) if group["period"] else 0
+
+    def turn(self) -> None:
+        """Say that a step begins: the next round does too, if it is due."""
+        self.told = True
+        if self.number() != self.begun:
+            self.begin()
+
     def begin(self) -> None:
         """Freeze and thaw for the round under way."""
-        group = self.param_groups[0]
-        number = group["taken"] // group["period"] if group["period"] else 0
+        group, number = self.param_groups[0], self.number()
+        self.begun = number
         draw = torch.Generator().manual_seed((group["seed"] * 1_000_003 + number) % 2**63)
         shapes = {name: p.shape for name, p in self.weights.items()}
         left_out = self.method.frozen(self.layers, number, draw, shapes)
@@ -135,16 +156,13 @@ class RoundsOptimizer(RuleOptimizer):
         for p in self.weights.values():
             p.requires_grad_(True)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step what this round trains; after its last step, begin the next round. Return what the closure returns."""
-        loss = super().step(closure)
+    def advance(self) -> None:
+        """Step what this round trains."""
+        super().advance()
         for group in self.param_groups:
             group["taken"] += 1
-        period = self.param_groups[0]["period"]
-        if period and self.param_groups[0]["taken"] % period == 0:
+        if not self.told and self.number() != self.begun:
             self.begin()
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, and freeze what its round leaves out."""

@@ -92,7 +92,7 @@ class Muon(Rule):
 
     def takes_whole(self, weight: Tensor, group: Mapping[str, Any]) -> bool:
         """Say whether a weight is orthogonalized."""
-        return bool(group["orthogonal"]) and weight.dim() > 1
+        return bool(group["orthogonal"]) and weight.dim() > 1 and weight.numel() > 0
 
     def step_whole(
         self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], number: int

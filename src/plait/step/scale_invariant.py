@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,13 +80,9 @@ class TangentOptimizer(RuleOptimizer):
     What was taken along a weight shows in its move d: w + d - (w^ . d) w^ is the step along the tangent.
     """
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient; return what the closure returns."""
-        loss, passed = None, []
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def advance(self) -> None:
+        """Take the step along the gradients that are at hand."""
+        passed = []
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None or p.grad.is_sparse or not p.numel() or self.method.takes_whole(p, group):
@@ -94,13 +90,12 @@ class TangentOptimizer(RuleOptimizer):
                 rows = tangent_rows(p, p.grad, group["delta"])
                 if rows:
                     passed.append((p, p.clone(memory_format=torch.preserve_format), rows, group))
-        super().step()
+        super().advance()
         for p, before, rows, group in passed:
             numbers = {**group, **type(self.method).scalars(self.state[p]["step"], group)}
             kept = 1 - float(group["lr"]) * float(numbers["weight_decay"]) * group["decay_ratio"]
             p.sub_(before)
             p.addcmul_(before, kept - along(before, p, rows))
-        return loss
 
 
 def tangent_rows(weight: Tensor, gradient: Tensor, delta: float) -> int:

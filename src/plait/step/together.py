@@ -27,7 +27,9 @@ class Together(Rule):
         return TogetherOptimizer(self, self.stepped(list(named_parameters)))
 
     def square(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], norm: Norm) -> Tensor:
-        """Return what a weight adds to the square of the length, float64; it may keep a running value in the state."""
+        """Return what a weight adds to the square of the length, float64; what it keeps as "squares" counts also in
+        steps in which the weight has no gradient.
+        """
         raise NotImplementedError
 
 
@@ -36,13 +38,8 @@ class TogetherOptimizer(RuleOptimizer):
 
     method: Together
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient; return what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def advance(self) -> None:
+        """Take the step along the gradients that are at hand."""
         total = torch.zeros((), dtype=torch.float64)
         for group in self.param_groups:
             for p in group["params"]:
@@ -50,10 +47,11 @@ class TogetherOptimizer(RuleOptimizer):
                     gradient = (states.share(p)[1] if is_sharded(p) else p.grad).to(exact(p.dtype))
                     gradient = -gradient if group["maximize"] else gradient
                     total += self.method.square(gradient, self.state[p], group, norm_over(p)).cpu()
+                elif p.grad is None and "squares" in self.state.get(p, {}):
+                    total += self.state[p]["squares"].cpu()
         for group in self.param_groups:
             group["length"] = float(total.sqrt())
-        super().step()
-        return loss
+        super().advance()
 
 
 def norm_over(p: Tensor) -> Norm:

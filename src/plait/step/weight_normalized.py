@@ -50,11 +50,15 @@ class GradNormLoRP(GaLore):
         """Step a matrix in place, through its lengths and directions."""
         precise = exact(weight.dtype)
         held, gradient = weight.to(precise), gradient.to(precise)
+        norms = torch.linalg.vector_norm(held, dim=1, keepdim=True)
         if "magnitude" not in state:
-            norms = torch.linalg.vector_norm(held, dim=1, keepdim=True)
             state["magnitude"], state["length"] = norms, norms.clone()
             state["magnitude_avg"], state["magnitude_avg_sq"] = torch.zeros_like(norms), torch.zeros_like(norms)
         magnitude, length = state["magnitude"], state["length"]
+        moved = (norms - magnitude.abs()).abs() > 4 * torch.finfo(
+            weight.dtype
+        ).eps * norms  # by others since the last step
+        magnitude.copy_(torch.where(moved, norms.copysign(magnitude), magnitude))
         lives = (magnitude != 0) & (length > 0)
         unit = torch.where(lives, held / magnitude, 0.0)
         along = (gradient * unit).sum(1, keepdim=True)
