@@ -19,9 +19,9 @@ from plait.recipe import Recipe
 from plait.workbench.progress import Progress, stoppable
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    from plait.method import Method, Now, Predictor
+    from plait.method import Method, Now
     from plait.tasks.base import Task
     from plait.train import Run
     from plait.workbench.memory import Gauge
@@ -119,6 +119,7 @@ def run_recipe(
     Raises Interrupted, after a checkpoint, when Ctrl-C was pressed.
     """
     from plait.workbench.folded import folded_figures
+    from plait.workbench.predicting import judged
 
     folder = None if folder is None else Path(folder)
     laps = Laps()
@@ -138,12 +139,13 @@ def run_recipe(
             f"stopped after step {run.now.step} of {recipe.train.steps}"
             + (f"; run it again to go on from the checkpoint in {folder}." if folder else ".")
         )
-    after = _metrics(task, run.model, predictor(task, methods))
+    after, each = judged(task, methods, run.model, run.now)
     laps.end("evaluate after")
     results = _describe(recipe, task) | {
         "metrics": {"before": before, "after": after},
         "forgetting": _forgetting(before, after),
         "folded": folded_figures(task, run.model) if recipe.folded else None,
+        "scores": each,
         **trained.figures(),
         "seconds": {**laps.seconds, "start": gauge.start_seconds, "step": gauge.seconds_per_step},
         "parameters": {"model": whole, "trained": trained.parameters},
@@ -179,10 +181,7 @@ class Trained:
 
     def figures(self) -> dict[str, Any]:
         """Return what was seen while training."""
-        from plait.workbench.scores import scores
-
         return {
-            "scores": scores(self.curve.task, self.run.model),
             "history": self.run.history,
             "curve": self.curve.points,
             "measures": self.run.measures,
@@ -269,31 +268,6 @@ class Curve:
             write_json(self.file, self.points)
 
 
-def predictor(task: Task, methods: Sequence[Method]) -> Predictor | None:
-    """Return how the finished model predicts, when a method acts at test time; None where it is simply called."""
-    from torch import softmax
-
-    from plait.method import Method
-
-    acting = [m for m in methods if type(m).predict is not Method.predict]
-    if not acting:
-        return None
-
-    def plain(model: nn.Module, inputs: Any, now: Now) -> Tensor:
-        output: Tensor = task.call(model, inputs)
-        return output if task.name == "regression" else softmax(output.float(), -1)
-
-    made: Predictor = plain
-    for m in acting:
-        made = m.predict(made)
-    return made
-
-
-def _metrics(task: Task, model: nn.Module, predict: Predictor | None = None) -> dict[str, dict[str, float]]:
-    sets = {"test": task.test} | ({"other": task.other} if task.other is not None else {})
-    return {name: task.metrics(model, data, predict) for name, data in sets.items()}
-
-
 def _before(task: Task, folder: Path | None) -> dict[str, dict[str, float]]:
     """Return the figures of the untrained model; an earlier part of this run has left them in a file."""
     kept = None if folder is None else folder / "before.json"
@@ -303,7 +277,9 @@ def _before(task: Task, folder: Path | None) -> dict[str, dict[str, float]]:
             return found
         except json.JSONDecodeError:
             kept.unlink()
-    figures = _metrics(task, task.model)
+    from plait.workbench.predicting import metrics
+
+    figures = metrics(task, task.model)
     if kept is not None:
         write_json(kept, figures)
     return figures

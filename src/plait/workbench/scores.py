@@ -14,6 +14,7 @@ from plait.batch import IGNORE, Batch
 if TYPE_CHECKING:
     from torch import nn
 
+    from plait.method import Now
     from plait.tasks.base import Data, Task
 
 BATCH = 32
@@ -50,35 +51,50 @@ def digest(data: Data) -> str:
     return mark.hexdigest()[:16]
 
 
-@torch.no_grad()
-def scores(task: Task, model: nn.Module) -> list[float] | None:
-    """Return a score for each test example whose mean is the headline figure; None where it is no such mean.
+class Scores:
+    """The score of each test example, taken from outputs batch by batch; their mean is the headline figure.
 
     For accuracy: 1 where the likeliest class is the target; for loss: the mean misfit of the example's targets, if
     every example has as many.
     """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.found: dict[int, float] = {}
+        self.masses: set[int] = set()
+
+    def take(self, output: Any, batch: Batch, now: Now) -> None:
+        """Score the examples of a batch by their outputs, logits or values."""
+        if self.task.quality == "accuracy":
+            each = (output.argmax(-1) == batch.target).float()
+        elif self.task.quality == "loss":
+            each = self.task.loss(output, batch.target, now).float()
+            if batch.target.dim() > 1:
+                counts = (batch.target != IGNORE).flatten(1).sum(1)
+                self.masses.update(counts.tolist())
+                each = each.flatten(1).sum(1) / counts.clamp_min(1)
+        else:
+            return
+        self.found.update(zip(batch.index.tolist(), each.flatten().tolist(), strict=True))
+
+    def listed(self) -> list[float] | None:
+        """Return the scores in the order of the set; None where the headline is not their mean."""
+        if not self.found or len(self.masses) > 1:
+            return None
+        return [round(self.found[row], 6) for row in sorted(self.found)]
+
+
+@torch.no_grad()
+def scores(task: Task, model: nn.Module) -> list[float] | None:
+    """Return a score for each test example whose mean is the headline figure; None where it is no such mean."""
     from plait.method import Now
     from plait.tasks.metrics import judging
 
+    taken, now = Scores(task), Now(call=task.call)
     if task.quality not in ("accuracy", "loss"):
         return None
-    found: list[Tensor] = []
-    masses: set[int] = set()
-    now = Now(call=task.call)
     with judging(model) as device:
         for rows in _rows(task.test):
             now.batch = batch = task.test.batch(rows).to(device)
-            output: Any = task.call(model, batch.inputs)
-            if task.quality == "accuracy":
-                found.append((output.argmax(-1) == batch.target).float().cpu())
-                continue
-            misfit = task.loss(output, batch.target, now).float().flatten(1) if batch.target.dim() > 1 else None
-            if misfit is None:
-                found.append(task.loss(output, batch.target, now).float().flatten().cpu())
-                continue
-            counts = (batch.target != IGNORE).flatten(1).sum(1)
-            masses.update(counts.tolist())
-            found.append((misfit.sum(1) / counts.clamp_min(1)).cpu())
-    if len(masses) > 1:
-        return None
-    return [round(v, 6) for v in torch.cat(found).tolist()]
+            taken.take(task.call(model, batch.inputs), batch, now)
+    return taken.listed()
