@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from plait import BadInput, Clip, Method, Now, method, train
+from plait import AdamW, BadInput, Clip, Method, Now, method, train
+from plait.finish.quantize import Requantize
 from plait.integrations.lightning import PlaitCallback
 from plait.method import Ask
 from plait.parametrize.low_rank import LoRA
+from plait.schedule import Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -117,3 +119,16 @@ def test_micro_batches_add_up_to_the_whole_batch(methods: tuple[Method, ...], tm
 def test_the_epoch_is_told(tmp_path: Path) -> None:
     _, callback = fit(tmp_path, max_epochs=3)
     assert (callback.now.epoch, callback.now.step) == (2, 12)
+
+
+def test_without_a_known_number_of_steps_nothing_can_be_scheduled(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {"max_epochs": -1, "max_time": {"seconds": 1}}
+    _, callback = fit(tmp_path, LoRA(rank=2), **endless)
+    assert callback.now.step > 0
+    with pytest.raises(BadInput, match=r"AdamW.lr follows a schedule, and this Trainer does not know"):
+        fit(tmp_path, AdamW(lr=Linear(start=0.1, end=0.0)), **endless)
+
+
+def test_what_needs_the_loss_of_each_example_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"set the callback's now.misfit to a function"):
+        fit(tmp_path, LoRA(rank=2), Requantize(bits=8))

@@ -329,6 +329,11 @@ def test_bad_overrides(override: str, sentence: str) -> None:
     assert str(problem.value) == sentence
 
 
+def test_an_override_of_a_method_that_is_written_as_a_list_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"the method \['adamw', \{'lr': 0.001\}\] is written as \{name: \{field: value"):
+        Recipe.parse(METHODS + "- [adamw, {lr: 1e-3}]", ["methods.adamw.lr=0.1"])
+
+
 def test_a_missing_file_and_bad_utf8(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"^there is no recipe '.*nope\.yaml': give the path of a YAML file\.$"):
         Recipe.read(tmp_path / "nope.yaml")

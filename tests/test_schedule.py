@@ -12,7 +12,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from plait.errors import BadInput
-from plait.schedule import Cosine, Linear, Schedule, Switch, WarmupStableDecay
+from plait.schedule import Cosine, Linear, Schedule, Switch, WarmupStableDecay, from_config
 
 STEPS = 60
 
@@ -97,3 +97,9 @@ def test_a_cosine_falls_within_each_cycle_and_begins_each_at_its_peak(growth: fl
 def test_a_cosine_without_a_cycle_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="a cosine has a whole number of cycles and a growth above 0"):
         Cosine(peak=1.0, **fields)
+
+
+@pytest.mark.parametrize("given", [0.001, [1, 0]])
+def test_a_schedule_without_fields_is_refused(given: Any) -> None:
+    with pytest.raises(BadInput, match=r"the schedule 'cosine' is written as \{cosine: \{field: number\}\}, not"):
+        from_config({"cosine": given})

@@ -1,5 +1,7 @@
 """plait's methods inside transformers' Trainer give what they give in plait's loop."""
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +195,16 @@ def test_what_it_cannot_do_is_refused_before_training(
 ) -> None:
     with pytest.raises(BadInput, match=says):
         Trainer(make(), arguments(tmp_path, **options), train_dataset=rows(), methods=methods)
+
+
+def test_what_is_judged_is_the_model_that_is_given(tmp_path: Path) -> None:
+    model, data = llama(), rows(8)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(), eval_dataset=data, methods=[LoRA(rank=2)])
+    trainer.train()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    own = trainer.now.evaluate(model)
+    assert own == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+    assert trainer.now.evaluate(other) == pytest.approx(math.log(40), rel=1e-5)
+    assert trainer.now.evaluate(model) == own

@@ -23,17 +23,21 @@ from plait import checkpoint, train
 from plait.checkpoint import steps_kept
 from plait.engine import Engine, Pairs, default_loss
 from plait.errors import BadInput, NonFinite
+from plait.finish.prune import MagnitudePruning
 from plait.gradient.noise import GradientNoise
 from plait.gradient.sharpness import SAM
 from plait.initialize.weight_svd import PiSSA
 from plait.loss.base import cross_entropy, squared_error
 from plait.loss.own_targets import ELR
+from plait.measure.distance import WeightDistance
 from plait.method import Method, Now
 from plait.parametrize.low_rank import LoRA
+from plait.recipe import Recipe
 from plait.schedule import Linear
 from plait.step.adam import AdamW
 from plait.step.momentum import SGD, Lion
 from plait.train import Run
+from plait.workbench.run import load
 
 STEPS = 24
 
@@ -417,6 +421,41 @@ def test_skip_leaves_the_step_out_and_counts_it(loss: Any, precision: str, tmp_p
         assert same(states[step], states[step + 1])
     assert all(torch.isfinite(t).all() for t in states[8].values())
     assert json.loads((tmp_path / "step-8" / "state.json").read_text())["skipped"] == spoilt
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_weights_that_are_not_finite_are_not_kept(nonfinite: str, steps: int, tmp_path: Path) -> None:
+    """Gradients are finite at the step that spoils the weights, so the objective shows it a step later, if ever."""
+    settings: dict[str, Any] = {"batch_size": 12, "seed": 3, "device": "cpu", "nonfinite": nonfinite, "save_every": 1}
+    with pytest.raises(NonFinite, match=r"a weight became NaN or infinite by step 1, .* no checkpoint was kept. Lower"):
+        train(mlp(), numbers(), methods=[SGD(lr=1e39)], steps=steps, folder=tmp_path, **settings)
+    assert steps_kept(tmp_path) == []
+    with pytest.raises(NonFinite, match="a weight became NaN or infinite by step 1"):
+        train(mlp(), numbers(), methods=[SGD(lr=1e39)], steps=1, **settings)
+
+
+def test_a_regression_that_left_the_numbers_has_no_figures() -> None:
+    text = "model: mlp\ndata: diabetes\ntrain: {steps: 1, batch_size: 16}"
+    task = load(Recipe.parse(text))
+    with torch.no_grad():
+        next(task.model.parameters()).fill_(torch.nan)
+    assert all(value != value for value in task.metrics(task.model, task.test).values())
+
+
+def test_a_run_that_is_stopped_at_its_last_step_is_not_finished(tmp_path: Path) -> None:
+    made = dict[str, Any](steps=3, folder=tmp_path, methods=[MagnitudePruning(n=1, m=2)])
+    stopped = train(mlp(), numbers(), on_step=lambda now: now.step == 3, **made)
+    assert stopped.stopped
+    assert not any((p == 0).any() for p in stopped.model.parameters())
+    done = train(mlp(), numbers(), **made)
+    assert not done.stopped
+    assert any((p == 0).any() for p in done.model.parameters())
+
+
+def test_measures_are_taken_once_at_the_last_step() -> None:
+    run = train(mlp(), numbers(), methods=[WeightDistance()], steps=6, measure_every=3)
+    assert [seen["step"] for seen in run.measures[repr(WeightDistance())]] == [3, 6]
 
 
 def test_a_run_that_stopped_may_go_on_by_skipping(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -366,28 +365,6 @@ class Engine:
     def backward(self, objective: Tensor) -> None:
         """Add the gradient of the objective, times `scale`, to `.grad`."""
         self.accelerator.backward(objective if self.scale == 1 else objective * self.scale)
-
-    def finite(self, objective: Tensor, model: nn.Module) -> bool:
-        """Say whether the objective and every gradient are finite; note what no gradient has reached yet."""
-        self.unreached.look(model)
-        sums = [
-            sharding.full(p.grad.detach().sum(dtype=torch.float32)) for p in model.parameters() if p.grad is not None
-        ]
-        return bool(torch.isfinite(objective)) and all(bool(torch.isfinite(s)) for s in sums)
-
-    def explain(self, now: Now, folder: str | Path | None) -> str:
-        """Return the sentence for a non-finite step."""
-        from plait.checkpoint import last_step
-
-        good = None if folder is None else last_step(folder)
-        kept = "no checkpoint was kept" if good is None else f"the last good checkpoint is of step {good} in {folder}"
-        what = "a gradient" if now.objective is not None and bool(torch.isfinite(now.objective)) else "the objective"
-        examples = now.batch.index.tolist()
-        more = f" and {len(examples) - 32} more" if len(examples) > 32 else ""
-        return (
-            f"{what} became NaN or infinite at step {now.step}, on the examples {examples[:32]}{more}; {kept}. Look at "
-            "these examples, lower the learning rate, or set nonfinite to 'skip'."
-        )
 
     def whole(self, model: nn.Module) -> nn.Module:
         """Return the model with all its weights on this process."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from plait.batch import IGNORE, Batch, weighted_sum
 from plait.errors import BadInput
 from plait.method import Ask, Method, Misfit, Now
+from plait.nonfinite import finite
 from plait.passes import reversible, rewind
 from plait.sharding import scalar
 
@@ -105,7 +106,7 @@ def scaled(engine: Any, ask: Ask) -> Ask:
             engine.scale = 2.0**power
             value = ask(model, now)
             engine.scale = 1.0
-            if power == 0 or engine.finite(value, model) or not torch.isfinite(value):
+            if power == 0 or finite(value, model) or not torch.isfinite(value):
                 break
             power, good = power - 1, 0
             random()

@@ -277,6 +277,8 @@ def _override(config: Any, steps: list[str], value: Any, path: str, at: str) -> 
     if at == "methods" and not isinstance(config, Mapping):
         if not isinstance(config, list | tuple) or not all(line for line in config):
             raise BadInput(f"--set {path}: methods is {config!r}, no list of methods: write them in the recipe.")
+        if odd := next((line for line in config if not isinstance(line, Mapping | str)), None):
+            raise BadInput(f"--set {path}: the method {odd!r} is written as {{name: {{field: value}}}} in the recipe.")
         lines = [line if isinstance(line, Mapping) else {line: {}} for line in config]
         names = [str(next(iter(line))) for line in lines]
         place = _place(step, names)

@@ -239,6 +239,8 @@ def from_config(config: dict[str, Any]) -> Schedule:
     if len(config) != 1:
         raise BadInput(f"a schedule is written as {{name: {{field: number}}}}, not {config!r}.")
     ((name, given),) = config.items()
+    if not isinstance(given, dict | None):
+        raise BadInput(f"the schedule '{name}' is written as {{{name}: {{field: number}}}}, not {config!r}.")
     kind = SCHEDULES.get(name)
     if kind is None:
         raise BadInput(f"there is no schedule '{name}'{did_you_mean(name, SCHEDULES)}.")

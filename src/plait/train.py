@@ -28,6 +28,8 @@ class Run:
     measures: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     now: Now = field(default_factory=Now)
     skipped: list[int] = field(default_factory=list)
+    stopped: bool = False
+    """Whether `on_step` stopped it: then the model is not finished."""
 
 
 def train(
@@ -60,9 +62,9 @@ def train(
     and for rows of probabilities, squared error for other real ones. folder: where checkpoints go, `save_every` steps;
     a run that finds one of itself there goes on from it, to the bitwise same weights, also with more steps than before
     where nothing is scheduled over them. nonfinite: "stop" raises NonFinite, "skip" leaves the step out, and what it
-    changed in buffers and memory. on_start: called once, before the first step. on_step: called after each step; when
-    it returns True the run stops there, after a checkpoint, and is not finished. Raises BadInput, before any training,
-    for what cannot work.
+    changed in buffers and memory; weights that are not finite raise it in any case, and are not kept. on_start: called
+    once, before the first step. on_step: called after each step; when it returns True the run stops there, after a
+    checkpoint, and is not finished. Raises BadInput, before any training, for what cannot work.
 
     >>> import torch
     >>> x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
@@ -73,6 +75,7 @@ def train(
     from plait.checkpoint import resume, resume_weights, save, signature
     from plait.engine import Engine, as_data, check, check_options, optimizer_for, prepared
     from plait.measure.base import observe
+    from plait.nonfinite import explain, finite, require_finite_weights
     from plait.passes import reversible
 
     options = {"batch_size": batch_size, "accumulate": accumulate, "precision": precision, "sharding": sharding}
@@ -111,7 +114,8 @@ def train(
                 now.batch = m.batch(now.batch, now)
             leave_out = reversible(model, now) if nonfinite == "skip" else None
             now.objective = ask(trained, now)
-            if engine.finite(now.objective, model):
+            engine.unreached.look(model)
+            if finite(now.objective, model):
                 rule.step()
                 for m in methods:
                     m.constrain(model, now)
@@ -119,21 +123,25 @@ def train(
                 leave_out()
                 run.skipped.append(now.step)
             else:
-                raise NonFinite(engine.explain(now, folder))
+                raise NonFinite(explain(now, folder))
         run.history.append({"step": now.step, "objective": float(now.objective), **now.parts})
         now.step += 1
         if measure_every and now.step % measure_every == 0:
             observe(model, methods, now, run.measures)
         stopped = on_step is not None and on_step(now) is True
         if folder is not None and (stopped or (save_every and now.step % save_every == 0)):
+            require_finite_weights(model, now, folder)
             save(folder, model, now, fits, rule, sampler, run)
         if stopped:
+            run.stopped = True
             return run
     engine.unreached.warn()
+    require_finite_weights(model, now, folder)
     if folder is not None:
         save(folder, model, now, fits, rule, sampler, run)
     model = engine.whole(model)
-    observe(model, methods, now, run.measures)
+    if not measure_every or now.step % measure_every:
+        observe(model, methods, now, run.measures)
     for m in methods:
         model = m.finish(model, now)
     run.model = model

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import lightning
@@ -14,6 +17,14 @@ from plait.engine import check, optimizer_for, schedule_rates
 from plait.errors import BadInput
 from plait.measure.base import observe
 from plait.method import Ask, Method, Now
+from plait.schedule import Schedule
+
+
+def _no_misfit(output: Any, target: Tensor, now: Now) -> Tensor:
+    raise BadInput(
+        "this needs the loss of each example, which a LightningModule keeps to itself: set the callback's now.misfit "
+        "to a function (output, target, now) -> loss per example before training, or use plait.train."
+    )
 
 
 class PlaitCallback(lightning.Callback):  # type: ignore[misc]
@@ -32,7 +43,7 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
     """
 
     def __init__(self, *methods: Method, model: str = "model") -> None:
-        self.methods, self.attribute, self.now = list(methods), model, Now()
+        self.methods, self.attribute, self.now = list(methods), model, Now(misfit=_no_misfit)
         self.measures: dict[str, list[dict[str, Any]]] = {}
         self.model: nn.Module | None = None
         for m in self.methods:
@@ -73,7 +84,7 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the starts, attach what changes activations, wrap the oracle."""
         network, now = self.network(pl_module), self.now
-        now.steps = int(trainer.estimated_stepping_batches)
+        now.steps = self._steps(trainer)
 
         def plain(model: nn.Module, now: Now) -> Tensor:
             loss = pl_module.training_step(now.batch.inputs, 0)
@@ -97,6 +108,19 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
         for m in self.methods:
             m.forward(network, now)
         self._wrap_step(pl_module, network)
+
+    def _steps(self, trainer: Any) -> int:
+        """Return the number of steps of the run; where nobody knows it, refuse what is scheduled over it."""
+        steps = trainer.estimated_stepping_batches
+        if math.isfinite(steps):
+            return int(steps)
+        for m in self.methods:
+            if timed := [f.name for f in fields(m) if isinstance(getattr(m, f.name), Schedule)]:
+                raise BadInput(
+                    f"{type(m).__name__}.{timed[0]} follows a schedule, and this Trainer does not know how many steps "
+                    "it will take: give it max_steps or max_epochs, or the field a number."
+                )
+        return sys.maxsize
 
     def _wrap_step(self, pl_module: Any, network: nn.Module) -> None:
         original = pl_module.optimizer_step

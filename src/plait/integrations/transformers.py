@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from plait.batch import IGNORE, Batch
+from plait.batch import IGNORE, Batch, weighted_sum
 from plait.engine import Engine, check, optimizer_for, prepared
 from plait.errors import BadInput
+from plait.layers import evaluating
 from plait.loss.base import cross_entropy, squared_error
 from plait.math.logits import dense
 from plait.measure.base import observe
@@ -124,7 +125,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         now.generator = torch.Generator().manual_seed(self.args.seed)
         now.calibration = self._calibration
         if self.eval_dataset is not None:
-            now.evaluate = lambda model: float(self.evaluate()["eval_loss"])
+            now.evaluate = self._evaluated
         now.misfit = self._misfit
         for m in self.methods:
             now.misfit = m.loss(now.misfit)
@@ -143,6 +144,18 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         for m in self.methods:
             ask = m.gradient(ask)
         self._ask = ask
+
+    @torch.no_grad()
+    def _evaluated(self, model: nn.Module) -> float:
+        """Return the mean misfit of a model, the one that is trained or a copy, on the evaluation set."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        with evaluating(model):
+            for inputs in self.get_eval_dataloader():
+                batch = self._batch(inputs)
+                misfit = self._misfit(self.now.call(model, batch.inputs), batch.target, self.now)
+                sums += torch.stack([weighted_sum(misfit, batch.weight), batch.mass()]).double().cpu()
+        total, mass = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
+        return float(total / max(mass, 1e-12))
 
     def _calibration(self, count: int) -> Iterator[Batch]:
         with torch.random.fork_rng(devices=[]):

@@ -27,7 +27,9 @@ def cross_entropy(output: Any, target: Tensor, now: Now) -> Tensor:
     if isinstance(output, Logits) or output.shape[-1] >= FEW:
         return statistics(output, target).cross_entropy
     try:
-        flat = F.cross_entropy(wide(output).flatten(0, -2), target.flatten(), ignore_index=IGNORE, reduction="none")
+        flat = F.cross_entropy(
+            wide(output).flatten(0, -2), target.flatten().long(), ignore_index=IGNORE, reduction="none"
+        )
     except IndexError:
         require_classes(target, output.shape[-1])
         raise

@@ -94,6 +94,7 @@ def regression(call: Call, misfit: Misfit, centre: float, scale: float, size: in
     """Return metrics of a regression: loss on the standardized target; mae, rmse and r2 in the target's own units."""
 
     def metrics(model: nn.Module, data: Data, predictor: Predictor | None = None) -> dict[str, float]:
+        import numpy
         from sklearn import metrics as measure
 
         total, mass, values, targets, now = 0.0, 0.0, [], [], Now(call=call)
@@ -106,6 +107,8 @@ def regression(call: Call, misfit: Misfit, centre: float, scale: float, size: in
                 values.append(output.reshape(batch.target.shape).double().cpu() * scale + centre)
                 targets.append(batch.target.double().cpu() * scale + centre)
         truth, guess = torch.cat(targets).numpy(), torch.cat(values).numpy()
+        if not numpy.isfinite(guess).all():
+            return {"loss": math.nan, "mae": math.nan, "rmse": math.nan, "r2": math.nan}
         return {
             "loss": total / mass,
             "mae": float(measure.mean_absolute_error(truth, guess)),

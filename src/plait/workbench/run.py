@@ -134,7 +134,7 @@ def run_recipe(
     trained = _train(recipe, task, methods, folder, quiet or int(os.environ.get("RANK", 0)) > 0, watch)
     laps.end("train")
     run, gauge = trained.run, trained.gauge
-    if trained.stopped:
+    if run.stopped:
         raise Interrupted(
             f"stopped after step {run.now.step} of {recipe.train.steps}"
             + (f"; run it again to go on from the checkpoint in {folder}." if folder else ".")
@@ -177,7 +177,6 @@ class Trained:
     curve: Curve
     parameters: int | None
     """How many parameters were trained at the first step that was seen."""
-    stopped: bool
 
     def figures(self) -> dict[str, Any]:
         """Return what was seen while training."""
@@ -240,8 +239,7 @@ def _train(
         options |= {"call": gauge.call(task.call), "validation": task.validation, "folder": folder}
         options |= {"seed": recipe.seed, "on_start": gauge.on_start, "on_step": on_step}
         run = plait.train(task.model, gauge.data(task.train), task.loss, methods, **options)
-    stopped = stop.asked and run.now.step < recipe.train.steps
-    return Trained(run, gauge, curve, counted[0] if counted else None, stopped)
+    return Trained(run, gauge, curve, counted[0] if counted else None)
 
 
 class Curve:
