@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from plait import Batch, Now, train
+from plait import SGD, Batch, Now, train
 from plait.gradient.robust import WinsorizedGradient, winsorized_mean
 from plait.loss.base import cross_entropy
 from plait.math.per_example import per_example_gradients
 from plait.measure.coherence import Coherence, m_coherence
+from plait.method import Method
+from plait.train import Run
 
 
 def test_equal_gradients_help_everybody_and_orthogonal_ones_nobody_else() -> None:
@@ -71,3 +73,25 @@ def test_measures_inside_a_run() -> None:
     assert figures["examples"] == 12
     assert 0 <= figures["coherence"] <= 1
     assert figures["m-coherence"] == pytest.approx(12 * figures["coherence"])
+
+
+def test_where_names_the_weights_whose_gradients_are_watched_and_held_back() -> None:
+    inputs = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    data = inputs, (inputs.sum(1) > 0).long()
+
+    def run(*methods: Method) -> Run:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        return train(model, data, methods=[*methods, SGD(lr=0.1)], steps=1, batch_size=24)
+
+    plain, whole = run(Coherence(where="0")), run(WinsorizedGradient(percentile=20.0))
+    part = run(WinsorizedGradient(percentile=20.0, where="0"))
+    for name, weight in part.model.state_dict().items():
+        assert torch.equal(weight, (whole if name.startswith("0") else plain).model.state_dict()[name])
+        assert not torch.equal(weight, (plain if name.startswith("0") else whole).model.state_dict()[name])
+
+    gradients = list(per_example_gradients(plain.model, next(plain.now.calibration(1)), plain.now))
+    expected, _ = m_coherence([g[:2] for g in gradients])  # the first layer's weight and bias
+    (figures,) = plain.measures["Coherence(where='0')"]
+    assert figures["m-coherence"] == pytest.approx(expected)
+    assert figures["m-coherence"] != pytest.approx(m_coherence(gradients)[0])

@@ -44,6 +44,9 @@ def test_the_trace_and_norm_are_those_of_the_covariance() -> None:
     mean = torch.stack(rows).mean(0)
     assert found["gradient norm"] == pytest.approx(float(mean @ mean) - trace / 30, rel=1e-5)
     assert found["change per step"] == pytest.approx(0.2 * trace / 100, rel=1e-5)
+    bias = GeneralizationGap(lr=0.2, batches=2, where="bias").measure(model, now)
+    alone = float(torch.cov(torch.stack(rows)[:, 8:].T).trace())
+    assert bias["trace of covariance"] == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_step_opens_the_gap_by_as_much_on_average_over_training_sets() -> None:

@@ -405,6 +405,15 @@ def angles(**fields: Any) -> dict[str, Any]:
     return figures
 
 
+def test_the_measure_watches_the_matrices_that_where_names() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(16, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    run = train(model, (x, x), methods=[GaLore(rank=2), SubspaceAngle(), SubspaceAngle(where="0")], steps=1)
+    matrices = {name: figures[-1]["matrices"] for name, figures in run.measures.items()}
+    assert matrices == {"SubspaceAngle()": 2, "SubspaceAngle(where='0')": 1}
+
+
 def test_the_measure_tells_good_subspaces_from_bad() -> None:
     """The batch is all the data and the rate next to nothing, so that the gradient is the refresh's own."""
     exact, cosines = angles(subspace="exact"), angles(subspace="cosines")

@@ -19,9 +19,10 @@ from plait.sharding import gather
 
 
 def winsorized_mean(gradients: Tensor, percentile: float) -> Tensor:
-    """Return the mean over examples [n, ...] of values clipped, entry by entry, to the c-th largest and smallest.
+    """Return the mean over examples [n, ...] of values clipped, entry by entry, to the (c+1)-th largest and smallest.
 
-    c = percentile percent of n, rounded up: 0 is the plain mean, near 50 the median.
+    The c outermost values of either side become the next one. c = percentile percent of n, rounded up: 0 is the plain
+    mean, near 50 the median.
 
     >>> winsorized_mean(torch.tensor([[0.0], [1.0], [2.0], [100.0]]), 25.0)
     tensor([1.5000])
@@ -43,11 +44,13 @@ def everywhere(rows: Tensor) -> Tensor:
 @paper("chatterjee2022generalization", key="winsorized-gradient", kind="ground")
 @method
 class WinsorizedGradient(Gradient):
-    """g_j = mean_i clip(g_ij, c-th smallest of g_.j, c-th largest of g_.j), c = `percentile` percent of the batch.
+    """g_j = mean_i clip(g_ij, (c+1)-th smallest of g_.j, (c+1)-th largest of g_.j), c = `percentile` percent of the
+    batch, rounded up.
 
     Entries of the gradient that only a few examples pull at are suppressed, so that what is memorized is learned last:
     the causal test of coherence. 0 is the plain gradient. Penalties keep their gradient whole. Examples are those of
-    the whole batch, over all micro-batches and processes; a weight scales its example's gradient.
+    the whole batch, over all micro-batches and processes; a weight scales its example's gradient. What `where` does not
+    name keeps its plain gradient.
 
     percentile: in [0, 50), well below the share of the batch that any pattern to be learned has. The examples of one of
     k classes are a k-th of the batch: at 100 / k percent and above what they alone pull at, which is most of what they
@@ -73,13 +76,15 @@ class WinsorizedGradient(Gradient):
             plain = (
                 model if now.model is None else now.model
             )  # a wrapper would wait for a backward pass after each call
+            trained = [p for _, p in self.parameters(plain)]
+            if not trained:  # what `where` names rests in this round
+                return value
             back = rewind(now)
             with frozen_statistics(plain):
-                every = list(per_example_gradients(plain, now.batch, now))
+                every = list(per_example_gradients(plain, now.batch, now, trained))
             back()
             weight = everywhere(now.batch.masses())
             weight = weight * len(weight) / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
-            trained = [p for p in plain.parameters() if p.requires_grad]
             for number, p in enumerate(trained):
                 rows = everywhere(torch.stack([g[number] for g in every]))
                 rows = rows * weight.to(rows.dtype).view(-1, *[1] * p.dim())

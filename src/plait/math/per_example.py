@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,17 @@ from plait.math.logits import dense
 from plait.math.svd import wide
 
 
-def per_example_gradients(model: nn.Module, batch: Any, now: Any) -> Iterator[tuple[Tensor, ...]]:
-    """Yield, for each example of a batch, the gradient of its mean misfit with respect to each trained parameter.
+def per_example_gradients(
+    model: nn.Module, batch: Any, now: Any, parameters: Sequence[nn.Parameter] | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield, for each example of a batch, the gradient of its mean misfit with respect to each trained parameter, or to
+    each of `parameters`.
 
     One backward pass an example: it works for every model and adapter, and costs what that many small passes cost.
     Weights of examples do not count. Parameters that the misfit does not reach get zeros. `.grad` is left alone;
     `now.batch` is each example in turn, and in the end what it was.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
     held, share, now.share = now.batch, now.share, 1.0
     for row in range(len(batch)):
         one = now.batch = replace(batch.take(slice(row, row + 1)), weight=torch.ones_like(batch.weight[:1]))

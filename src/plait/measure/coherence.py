@@ -13,6 +13,7 @@ from plait.errors import BadInput
 from plait.fields import Count
 from plait.layers import evaluating
 from plait.math.per_example import per_example_gradients
+from plait.measure.base import trained
 from plait.method import Method, Now, method
 
 
@@ -46,7 +47,7 @@ class Coherence(Method):
 
     m-coherence is how many of m examples a small step along the gradient of one helps on average: 1 if every example is
     fitted on its own, m if all agree. It is high on real labels early in training and low on random ones. Reported from
-    `batches` batches of training data, in evaluation mode, over the trained parameters.
+    `batches` batches of training data, in evaluation mode, over the trained parameters that `where` names.
 
     Returns {"coherence": alpha, "m-coherence": m alpha, "examples": m}. Costs one backward pass an example.
 
@@ -58,7 +59,8 @@ class Coherence(Method):
 
     def measure(self, model: nn.Module, now: Now) -> dict[str, Any]:
         """Return the coherence of the gradients at the present weights."""
+        parameters, batches = trained(model, self.where), now.calibration(self.batches)
         with evaluating(model), torch.enable_grad():
-            every = (g for batch in now.calibration(self.batches) for g in per_example_gradients(model, batch, now))
+            every = (g for batch in batches for g in per_example_gradients(model, batch, now, parameters))
             coherent, count = m_coherence(every)
         return {"coherence": coherent / count, "m-coherence": coherent, "examples": count}

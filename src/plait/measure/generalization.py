@@ -29,8 +29,9 @@ class GeneralizationGap(Method):
     (with or without batches; momentum mu makes it 1 / (1 - mu) times as much). The predicted gap is summed over the
     run, the change between two measurements by the trapezoidal rule: set measure_every.
 
-    lr: the run's own, unless given. C is estimated without bias from `batches` batches. Returns {"trace of covariance",
-    "gradient norm" (|g|^2, without bias), "change per step", "predicted gap"}. Costs one backward pass an example.
+    lr: the run's own, unless given. where: the weights whose part of the gap is told. C is estimated without bias from
+    `batches` batches. Returns {"trace of covariance", "gradient norm" (|g|^2, without bias), "change per step",
+    "predicted gap"}. Costs one backward pass an example.
 
     >>> GeneralizationGap(lr=0.1, batches=4)
     GeneralizationGap(lr=0.1, batches=4)
@@ -42,10 +43,10 @@ class GeneralizationGap(Method):
     def measure(self, model: nn.Module, now: Now) -> dict[str, float]:
         """Return the gap's change in a step, and its sum so far."""
         rate, examples = learning_rate_of(self, self.lr, now), now.examples
-        total, squares, count = None, 0.0, 0
+        parameters, total, squares, count = trained(model, self.where), None, 0.0, 0
         with evaluating(model), torch.enable_grad():
             for batch in now.calibration(self.batches):
-                for gradient in per_example_gradients(model, batch, now):
+                for gradient in per_example_gradients(model, batch, now, parameters):
                     one = torch.cat([g.double().flatten() for g in gradient])
                     total = one if total is None else total.add_(one)
                     squares, count = squares + float(one.square().sum()), count + 1

@@ -12,7 +12,7 @@ from plait.errors import BadInput
 from plait.fields import Count
 from plait.layers import evaluating
 from plait.math.subspace import captured, exact_rows, principal_angles
-from plait.measure.base import mean_misfit
+from plait.measure.base import mean_misfit, trained
 from plait.method import Method, Now, method
 from plait.sharding import full
 
@@ -28,8 +28,8 @@ class SubspaceAngle(Method):
     """cos theta_j = sigma_j(P^T U): the angles between the optimizer's subspace P [m, rank] and the exact one, U, the
     leading left singular vectors of the gradient G [m, n] on `batches` batches of training data, without dropout.
 
-    For GaLore, Fira and their kin, over all matrices that they project. 0 where the optimizer would find the same
-    subspace now; some of it is the age of P and the noise of a batch, the rest the way P is found.
+    For GaLore, Fira and their kin, over all matrices that they project and `where` names. 0 where the optimizer would
+    find the same subspace now; some of it is the age of P and the noise of a batch, the rest the way P is found.
 
     Returns "angle", the mean of all theta_j in degrees; "largest", the largest; "captured", the mean over matrices of
     ||P^T G||^2 / ||U^T G||^2, the part of the gradient that P keeps of what the best P would; "matrices", how many.
@@ -57,11 +57,12 @@ class SubspaceAngle(Method):
             for batch in now.calibration(self.batches):
                 mean_misfit(model, batch, now).backward()  # type: ignore[no-untyped-call]
         rule: Any = now.optimizer
+        named = {id(p) for p in trained(model, self.where)}
         angles: list[Tensor] = []
         kept: list[float] = []
         for p in (p for group in rule.param_groups for p in group["params"]):
             state = rule.state.get(p, {})
-            if p.grad is None or not ({"projector", "columns"} & state.keys()):
+            if id(p) not in named or p.grad is None or not ({"projector", "columns"} & state.keys()):
                 continue
             gradient = full(p.grad).float()
             gradient = gradient.T if gradient.shape[0] > gradient.shape[1] else gradient
