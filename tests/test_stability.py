@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from plait import SGD, Batch, Now, train
 from plait.errors import BadInput
 from plait.loss.base import squared_error
+from plait.math.curvature import gauss_newton_factors
 from plait.measure.base import observe
 from plait.measure.curvature import BatchCurvature, HessianSpectrum, effective_batch, extreme_of_batch
 from plait.measure.stability import DynamicalStability, HessianCoherence, coherence_of, stability_limits
@@ -207,6 +208,29 @@ def test_whatever_a_measure_does_training_is_bitwise_the_same() -> None:
     plain, watched = final([]), final([Rude(), HessianSpectrum(), BatchCurvature(), HessianCoherence()])
     assert plain.keys() == watched.keys()
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+def test_no_measure_changes_what_the_next_one_sees() -> None:
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+
+    def figures(*measures: Method) -> dict[str, list[dict[str, Any]]]:
+        torch.manual_seed(0)
+        methods = [*measures, SGD(lr=0.1)]
+        return train(nn.Linear(4, 2), (x, x[:, :2]), methods=methods, steps=2, batch_size=16).measures
+
+    stability, coherence = DynamicalStability(), HessianCoherence(count=8)
+    alone = figures(stability) | figures(coherence)
+    assert figures(stability, coherence) == alone
+    assert figures(coherence, stability) == alone
+    assert figures(Rude(), stability)[repr(stability)] == alone[repr(stability)]
+
+
+def test_the_factors_of_a_batch_leave_the_batch_as_it_was() -> None:
+    model, now = linear(torch.eye(3))
+    (batch,) = now.calibration(1)
+    now.batch = batch
+    assert len(gauss_newton_factors(model, batch, now, list(model.parameters()))) == 3
+    assert now.batch is batch
 
 
 def test_observing_leaves_no_notes_of_others() -> None:

@@ -132,9 +132,9 @@ def gauss_newton_factors(
 
     J_i is the Jacobian of the example's outputs, A_i >= 0 the Hessian of its mean misfit in them. Up to EXACT outputs
     the factor is exact; with more (a language model) it comes from `draws` labels drawn from the model's own softmax,
-    with E[K_i^T K_i] what it should be.
+    with E[K_i^T K_i] what it should be. `now.batch` is each example in turn, and in the end what it was.
     """
-    found = []
+    found, held = [], now.batch
     for row in range(len(batch)):
         one = now.batch = batch.take(slice(row, row + 1))
         with torch.enable_grad():
@@ -144,6 +144,7 @@ def gauss_newton_factors(
             roots = _root(output.detach(), one, now) if exact else _drawn(output.detach(), one, now, draws)
             rows = [flat(_pull([output], parameters, [root], retain_graph=True)) for root in roots]
         found.append(torch.stack(rows) if rows else flat(parameters).new_zeros(1, sum(p.numel() for p in parameters)))
+    now.batch = held
     return found
 
 

@@ -110,13 +110,13 @@ def untouched(model: nn.Module, now: Now, own: set[str]) -> Iterator[None]:
 
 
 def observe(model: nn.Module, methods: Sequence[Method], now: Now, into: dict[str, list[dict[str, Any]]]) -> None:
-    """Append each measure's figures to `into`; nothing that training depends on is different after."""
+    """Append each measure's figures to `into`; nothing that training, or the next measure, depends on is different."""
     watching = [m for m in methods if type(m).measure is not Method.measure]
     if not watching:
         return
-    with untouched(model, now, {repr(m) for m in watching}):
-        for m in watching:
+    for m in watching:
+        with untouched(model, now, {repr(other) for other in watching}):
             for parameter in model.parameters():
                 parameter.grad = None
             figures = m.measure(model, now)
-            into.setdefault(repr(m), []).append({"step": now.step, **figures})
+        into.setdefault(repr(m), []).append({"step": now.step, **figures})
