@@ -97,6 +97,43 @@ def test_the_network_differentiates_through_its_equilibrium(symmetric: bool, act
     torch.testing.assert_close(net(inputs), logits)
 
 
+class One(Equilibrium):
+    """One unit that inhibits itself: s = tanh(w s + v x)."""
+
+    units = 1
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.tensor(weight)), nn.Parameter(torch.tensor(1.0))
+
+    def field(self, state: Tensor, inputs: Tensor) -> Tensor:
+        return self.w * state + self.v * inputs
+
+    def activation(self, potential: Tensor) -> Tensor:
+        return torch.tanh(potential)
+
+
+def test_the_gradient_settles_where_only_partial_steps_do() -> None:
+    """Eigenvalues of J below -1, or beyond 1 and imaginary: whole steps would run away from the equilibrium."""
+    one, pair = One(-1.8), LayeredEquilibrium(1, (1, 1), activation="tanh")
+    with torch.no_grad():
+        for layer, weight in zip([*pair.up, *pair.down], (0.1, 1.5, -1.5), strict=True):
+            layer.weight.fill_(weight)
+        for layer in pair.up:
+            layer.bias.zero_()
+    for net, weight, x in ((one.double(), one.v, 0.1), (pair.double(), pair.up[0].weight, 1.0)):
+        net.tolerance, inputs = 1e-12, torch.full((1, 1), x).double()
+        net(inputs).sum().backward()
+        assert net.moving < 1e-10
+        ends = []
+        for change in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight += change
+                ends.append(float(net(inputs).sum()))
+                weight -= change
+        assert float(weight.grad) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("nudge", "points", "tolerance"), [(1e-5, 1, 1e-4), (1e-3, 2, 1e-5), (0.1, 6, 1e-8), (0.2, 12, 1e-7)]
 )

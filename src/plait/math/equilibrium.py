@@ -104,14 +104,16 @@ class _Settled(torch.autograd.Function):
 
 
 def implicit(layer: Equilibrium, u: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
-    """Return delta = a'(u) * (J^T delta + G), iterated as the state was: the exact gradient."""
+    """Return delta = a'(u) * (J^T delta + G), iterated as the state was, so that it settles where the state does: the
+    exact gradient.
+    """
     with torch.enable_grad():
         held = u.detach().requires_grad_()
         (slope,) = torch.autograd.grad(layer.activation(held).sum(), held)
     transposed = torch.func.vjp(lambda s: layer.field(s, inputs), layer.activation(u))[1]
     delta = slope * gradient
     for _ in range(layer.iterations):
-        before, delta = delta, slope * (transposed(delta)[0] + gradient)
+        before, delta = delta, torch.lerp(delta, slope * (transposed(delta)[0] + gradient), layer.rate)
         if float((delta - before).abs().max()) <= layer.tolerance * float(delta.abs().max()):
             break
     return delta
