@@ -14,6 +14,7 @@ from plait.batch import Batch
 from plait.data.noise import InputNoise
 from plait.errors import BadInput, NonFinite
 from plait.forward.dropout import Dropout
+from plait.gradient.sharpness import SAM
 from plait.loops.best_response import STN, BestResponse
 from plait.loops.evidence import DataEmphasizedELBo, divergence
 from plait.loops.hypergradient import hoag
@@ -440,6 +441,22 @@ def test_the_gradient_is_that_of_the_bound_at_one_draw() -> None:
         assert torch.equal(p.detach(), held)
         torch.testing.assert_close(p.grad, g, atol=1e-6, rtol=1e-4)
     assert float(now.of(method)["spread first"]) == pytest.approx(0.1 * float(in_spread), rel=1e-4)
+
+
+def test_s_moves_once_a_step_and_the_whole_step_has_the_same() -> None:
+    """SAM asks twice: a second move would be of the slope at weights that SAM has moved."""
+    x, y = data(0, 24)
+
+    def run(sam: list[Method]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        method = DataEmphasizedELBo(center="zero")
+        model = nn.Linear(20, 1)
+        methods = [method, *sam, AdamW(lr=0.01, weight_decay=0.0)]
+        return train(model, (x, y), methods=methods, steps=1, batch_size=24).now.of(method)
+
+    alone, around = run([]), run([SAM(radius=0.5)])
+    assert int(around["spread steps"]) == 1
+    assert all(torch.equal(alone[name], around[name]) for name in alone)
 
 
 def test_more_emphasis_lets_the_weights_go_further() -> None:

@@ -63,9 +63,9 @@ class DataEmphasizedELBo(Gradient):
     center: "start", each weight where training began, but for new heads, at 0, with a variance of their own (L2-SP);
     "zero", one group around 0 (L2). head: names of more weights or layers that count as new. emphasis: kappa, or None
     for D / N. scale: the first s (the authors' 1e-4 takes thousands of steps to grow from); Adam learns its inverse
-    softplus, at the rate lr. samples: draws of the posterior over which predictions are averaged; 0 predicts at m. One
-    e is drawn for a step. where: the weights that have a posterior; others are trained plainly. Let the optimizer decay
-    nothing. A copy of the weights is kept for "start". The model that is left is m.
+    softplus, once a step, at the rate lr. samples: draws of the posterior over which predictions are averaged; 0
+    predicts at m. One e is drawn for a step. where: the weights that have a posterior; others are trained plainly.
+    Let the optimizer decay nothing. A copy of the weights is kept for "start". The model that is left is m.
 
     >>> from plait import train
     >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
@@ -131,7 +131,8 @@ class DataEmphasizedELBo(Gradient):
 
         def asking(model: nn.Module, now: Now) -> Tensor:
             memory, groups = now.of(self), self.groups(now.model)
-            deviation = F.softplus(memory["spread"])
+            first, spread = self.spread(now)
+            deviation = F.softplus(spread)
             weights = [p for group in groups for _, p in group.named]
             noise = [torch.randn(p.shape, generator=now.generator).to(p) for p in weights]
             with kept(weights):
@@ -142,12 +143,23 @@ class DataEmphasizedELBo(Gradient):
             slope = sum(float((e * p.grad).sum()) for p, e in zip(weights, noise, strict=True) if p.grad is not None)
             share = self.share(groups, now)
             bound, slope_of_bound = self.pull(groups, now, deviation, share)
-            rate = torch.sigmoid(memory["spread"])
-            adam_step(memory, "spread", (slope + slope_of_bound) * rate, self.lr)
+            if first:
+                adam_step(memory, "spread", (slope + slope_of_bound) * torch.sigmoid(spread), self.lr)
             now.parts = now.parts | {type(self).__name__: bound}
             return value + bound
 
         return asking
+
+    def spread(self, now: Now) -> tuple[bool, Tensor]:
+        """Say whether this step is asked about for the first time, and return the raw s that the whole step has.
+
+        A method around this one asks again, at weights that it has moved: s learns at the weights themselves.
+        """
+        memory = now.of(self)
+        first = "step" not in memory or int(memory["step"]) != now.step
+        if first:
+            memory["step"], memory["spread of step"] = torch.tensor(now.step), memory["spread"].clone()
+        return first, memory["spread of step"]
 
     @torch.no_grad()
     def pull(self, groups: list[Group], now: Now, deviation: Tensor, share: float) -> tuple[float, float]:
