@@ -13,19 +13,22 @@ from plait import train
 from plait.batch import Batch
 from plait.data.noise import InputNoise
 from plait.errors import BadInput, NonFinite
+from plait.fields import ScheduledNonNegative
 from plait.forward.dropout import Dropout
 from plait.gradient.sharpness import SAM
 from plait.loops.best_response import STN, BestResponse
 from plait.loops.evidence import DataEmphasizedELBo, divergence
 from plait.loops.hypergradient import hoag
-from plait.loops.implicit import BOREP
+from plait.loops.implicit import BOREP, objective
 from plait.loops.tensors import bilevel_problem
 from plait.loops.tuning import adam_step, knobs, link, raw_start
 from plait.loss.base import squared_error
 from plait.loss.smoothing import LabelSmoothing, ZLoss
-from plait.method import Method, Now
+from plait.method import Method, Now, method
 from plait.parametrize.base import attach, attached
 from plait.parametrize.folding import fold
+from plait.passes import call_again
+from plait.penalty.adversarial import SMART
 from plait.penalty.norm import L2
 from plait.predict.base import predictor
 from plait.recipe import Recipe
@@ -334,6 +337,50 @@ def test_implicit_differentiation_gains_what_the_best_gains(start: float, linear
     best = min(ridge_loss(inputs, held, strength) for strength in torch.logspace(-3, 2, 200).tolist())
     gained = ridge_loss(inputs, held, start) - ridge_loss(inputs, held, numbers(run)["L2.strength"])
     assert gained > 0.9 * (ridge_loss(inputs, held, start) - best)
+
+
+@method
+class Small(Method):
+    """strength * mean f(x)^2, of the pass under way and of another: a penalty that reads outputs."""
+
+    strength: ScheduledNonNegative = 1.0
+
+    def penalty(self, model: nn.Module, now: Now) -> Tensor:
+        again = call_again(model, now.batch.inputs, now)
+        return now.at(self.strength) * (now.output.square().mean() + again.square().mean()) / 2
+
+
+def test_penalties_see_the_output_of_the_pass() -> None:
+    _, now, X, y, _, _ = standing(BOREP(), strength := Tuned(start=0.3))
+    now.methods, now.model = [Small(strength=strength)], nn.Linear(4, 1, bias=False).double()
+    out = X @ now.model.weight.detach()[0]
+    expected = (out - y).square().mean() + 0.3 * out.square().mean()
+    torch.testing.assert_close(objective(now.model, now).detach(), expected)
+    assert now.output is None
+
+    inner, _, weights, raw = bilevel_problem(now.model, (X, y), now.methods, (X, y))
+    torch.testing.assert_close(inner(weights, raw.double()).detach(), expected, atol=1e-6, rtol=1e-6)
+    by_name = bilevel_problem(Named(now.model), ({"x": X}, y), now.methods, ({"x": X}, y))
+    torch.testing.assert_close(by_name[0](by_name[2], raw.double()).detach(), expected, atol=1e-6, rtol=1e-6)
+
+
+class Named(nn.Module):
+    """A model that takes its input by name."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, *, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return out
+
+
+def test_a_strength_of_smart_is_tuned() -> None:
+    x, y = data(0, 24)
+    methods = [SMART(strength=Tuned(start=1.0), proximal=0.0, radius=0.1, noise=0.1, step=0.1), BOREP(warmup=0)]
+    run = train(nn.Linear(20, 1), (x, y), methods=methods, validation=(x, y), steps=4)
+    assert numbers(run)["SMART.strength"] != 1.0
 
 
 def test_a_linear_system_that_diverges_stops_the_run() -> None:

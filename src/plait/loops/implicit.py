@@ -17,12 +17,14 @@ from plait.passes import frozen_statistics
 
 def objective(model: nn.Module, now: Now) -> Tensor:
     """Return loss + penalties on `now.batch`, which can be differentiated twice; running statistics stay."""
-    batch = now.batch
+    batch, before = now.batch, now.output
     with frozen_statistics(model), sdpa_kernel(SDPBackend.MATH):
-        misfit = now.misfit(now.call(model, batch.inputs), batch.target, now)
-    value: Tensor = weighted_sum(misfit, batch.weight) / batch.mass().clamp_min(1e-12)
-    for m in now.methods:
-        value = value + m.penalty(model, now)
+        now.output = now.call(model, batch.inputs)
+        misfit = now.misfit(now.output, batch.target, now)
+        value: Tensor = weighted_sum(misfit, batch.weight) / batch.mass().clamp_min(1e-12)
+        for m in now.methods:
+            value = value + m.penalty(model, now)
+    now.output = before
     return value
 
 

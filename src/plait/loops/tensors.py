@@ -56,13 +56,13 @@ def bilevel_problem(
     train, held = as_data(data), as_data(validation, "validation")
     whole, judged = (each.batch(torch.arange(len(each))) for each in (train, held))
     now, wrapped = Now(model=model, methods=list(methods)), _Objective(model.eval())
-    now.misfit, now.batch = default_loss(train), whole
+    now.misfit, now.batch, now.call = default_loss(train), whole, call_model
     for m in methods:
         now.misfit = m.loss(now.misfit)
 
     def objective(module: nn.Module) -> Tensor:
-        output = call_model(module, whole.inputs)
-        value: Tensor = weighted_sum(now.misfit(output, whole.target, now), whole.weight) / whole.mass()
+        now.output = call_model(module, whole.inputs)
+        value: Tensor = weighted_sum(now.misfit(now.output, whole.target, now), whole.weight) / whole.mass()
         for m in methods:
             value = value + m.penalty(module, now)
         return value
