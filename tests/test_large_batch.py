@@ -174,6 +174,8 @@ def test_noise_is_the_same_in_micro_batches_and_in_second_questions() -> None:
 def test_distance_of_a_hand_solved_run() -> None:
     model = nn.Linear(1, 2, bias=False)
     now, method = Now(), WeightDistance()
+    with pytest.raises(BadInput, match="has not seen the start"):
+        method.measure(model, now)
     method.initialize(model, now)
     start = model.weight.detach().clone()
     for step in (1, 2, 4, 8):

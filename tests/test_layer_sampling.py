@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plait.errors import BadInput
+from plait.measure.distance import WeightDistance
+from plait.measure.generalization import GradientNormBound
+from plait.measure.laziness import Laziness
 from plait.step.adam import AdamW
 from plait.step.layer_sampling import HFT, LISA, named_layers, parts_of, repeated_layers
 from plait.train import train
@@ -296,6 +299,39 @@ def test_a_finished_model_can_be_trained_on_and_what_was_frozen_stays_frozen() -
     run = train(model, (X, Y), methods=[LISA(layers=2, period=2, where="layers.[0-9]")], steps=5)
     assert trained(run.model) == before
     assert torch.equal(run.model.embed.weight, embedded)
+
+
+@pytest.mark.parametrize("kind", [LISA, HFT])
+def test_the_way_from_the_start_is_that_of_all_weights_whatever_rests(kind: Any, tmp_path: Path) -> None:
+    """Also after a pause. At next to no rate the tangent kernel, over all weights, is the one at the start."""
+    probes = [WeightDistance(), GradientNormBound(), Laziness(count=8)]
+    sizes = {"period": 1} | ({"layers": 1} if kind is LISA else {})
+
+    def figures(steps: int, lr: float, **options: Any) -> tuple[nn.Module, list[Any]]:
+        rule = kind(lr=lr, **sizes)
+        run = train(deep(), (X, Y), methods=[*probes, rule], steps=steps, batch_size=16, measure_every=1, **options)
+        return run.model, [run.measures[repr(probe)][-1] for probe in probes]
+
+    figures(3, 0.01, folder=tmp_path, save_every=3)
+    model, (distance, bound, laziness) = figures(5, 0.01, folder=tmp_path)
+    pairs = zip(model.parameters(), deep().parameters(), strict=True)
+    moved = sum(float((p - q).detach().double().square().sum()) for p, q in pairs)
+    assert distance["distance"] == pytest.approx(moved**0.5, rel=1e-6)
+    assert bound["divergence"] == pytest.approx(moved / (2 * 0.03**2), rel=1e-6)
+    assert laziness["weight change"] == pytest.approx(moved**0.5, rel=1e-6)
+    assert figures(2, 1e-12)[1][2]["kernel alignment"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_kernel_is_found_one_example_at_a_time_while_layers_rest() -> None:
+    """Where values decide what is run, torch.func cannot follow the model."""
+
+    class Deciding(Deep):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if float(x.sum()) > 0 else x + 0.0)
+
+    torch.manual_seed(0)
+    run = train(Deciding(), (X, Y), methods=[Laziness(count=4), LISA(layers=2)], steps=2)
+    assert 0 < run.measures["Laziness(count=4)"][-1]["kernel alignment"] <= 1
 
 
 def test_adapters_take_turns_with_their_layers() -> None:

@@ -20,6 +20,7 @@ from plait.batch import Batch, weighted_sum
 from plait.errors import BadInput
 from plait.layers import matches
 from plait.method import Method, Now
+from plait.sharding import full
 
 
 def curve(
@@ -47,16 +48,31 @@ def curve(
     return {"x": plain(x), "lines": made, "across": across, "along": along, "log": log}
 
 
-def trained(model: nn.Module, where: str = ".*") -> list[nn.Parameter]:
+def trained_by_name(model: nn.Module, where: str = ".*") -> dict[str, nn.Parameter]:
     """Return the parameters that are trained and whose own or whose layer's name matches; refuse if there are none."""
-    found = [
-        p
+    found = {
+        name: p
         for name, p in model.named_parameters()
         if p.requires_grad and (matches(where, name) or matches(where, name.rpartition(".")[0]))
-    ]
+    }
     if not found:
         raise BadInput(f"where={where!r} matches no parameter that is trained: change it, or leave it out.")
     return found
+
+
+def trained(model: nn.Module, where: str = ".*") -> list[nn.Parameter]:
+    """Return the parameters that are trained and whose own or whose layer's name matches; refuse if there are none."""
+    return list(trained_by_name(model, where).values())
+
+
+def remember(model: nn.Module, where: str, held: dict[str, Tensor]) -> None:
+    """Keep in `held` a copy of each parameter that is trained at the start, as "start/NAME"."""
+    held |= {f"start/{name}": full(p.detach()).clone() for name, p in trained_by_name(model, where).items()}
+
+
+def remembered(model: nn.Module, held: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Return the parameters of which `remember` kept a copy, by name: also those that rest, where layers take turns."""
+    return {name: p for name, p in model.named_parameters() if f"start/{name}" in held}
 
 
 def mean_misfit(model: nn.Module, batch: Batch, now: Now) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from plait.catalogue import paper
-from plait.measure.base import curve, trained
+from plait.errors import BadInput
+from plait.measure.base import curve, remember, remembered
 from plait.method import Method, Now, method
 from plait.sharding import full
 
@@ -37,7 +38,8 @@ def power(steps: Sequence[float], distances: Sequence[float]) -> float:
 @paper("hoffer2017train", key="weight-distance", kind="probe")
 @method
 class WeightDistance(Method):
-    """|w_t - w_0|_2 of all trained weights together, and how well a + b log t describes it: ultra-slow diffusion.
+    """|w_t - w_0|_2 of all weights together that are trained at the start, and how well a + b log t describes it:
+    ultra-slow diffusion.
 
     In the first phase of training, at a constant high learning rate, the distance grows with the logarithm of the
     number of steps, as a random walk does in a landscape whose barriers are as deep as it is wide; batches of all sizes
@@ -58,18 +60,24 @@ class WeightDistance(Method):
     @torch.no_grad()
     def initialize(self, model: nn.Module, now: Now) -> None:
         """Copy the weights."""
-        now.of(self)["start"] = self.weights(model)
+        remember(model, self.where, now.of(self))
 
-    def weights(self, model: nn.Module) -> Tensor:
-        """Return the trained weights as one vector, in float32 at least."""
-        parts = [full(p.detach()).flatten() for p in trained(model, self.where)]
-        return torch.cat([p.to(torch.promote_types(p.dtype, torch.float32)) for p in parts])
+    def distance(self, model: nn.Module, held: dict[str, Tensor]) -> float:
+        """Return |w_t - w_0|, of differences in float32 at least."""
+        squares, named = 0.0, remembered(model, held)
+        if not named:
+            raise BadInput("WeightDistance has not seen the start: put it in the list of methods before training.")
+        for name, p in named.items():
+            weight, start = full(p.detach()), held[f"start/{name}"]
+            precise = torch.promote_types(weight.dtype, torch.float32)
+            squares += float((weight.to(precise) - start.to(precise)).double().square().sum())
+        return math.sqrt(squares)
 
     @torch.no_grad()
     def measure(self, model: nn.Module, now: Now) -> dict[str, Any]:
         """Return the distance, and the laws that fit all distances so far."""
         held = now.of(self)
-        distance = float(torch.linalg.vector_norm((self.weights(model) - held["start"]).double()))
+        distance = self.distance(model, held)
         seen = held.get("seen", torch.zeros(0, 2, dtype=torch.float64))
         if now.step > 0 and distance > 0 and not bool((seen[:, 0] == now.step).any()):
             seen = torch.cat([seen, torch.tensor([[now.step, distance]], dtype=torch.float64)])

@@ -13,7 +13,7 @@ from plait.errors import BadInput
 from plait.fields import Count, Fraction, Positive
 from plait.layers import evaluating
 from plait.math.per_example import per_example_gradients
-from plait.measure.base import learning_rate_of, trained
+from plait.measure.base import learning_rate_of, remember, remembered, trained
 from plait.method import Method, Now, method
 from plait.passes import kept
 
@@ -105,26 +105,25 @@ class GradientNormBound(Method):
 
     def initialize(self, model: nn.Module, now: Now) -> None:
         """Note where training starts."""
-        held = now.of(self)
-        for number, parameter in enumerate(trained(model, self.where)):
-            held[str(number)] = parameter.detach().clone()
+        remember(model, self.where, now.of(self))
 
     def measure(self, model: nn.Module, now: Now) -> dict[str, float]:
         """Return the bound at the present weights."""
-        parameters, held = trained(model, self.where), now.of(self)
-        if len(held) != len(parameters):
+        held = now.of(self)
+        named = remembered(model, held)
+        if not named:
             raise BadInput("GradientNormBound has not seen the start: put it in the list of methods before training.")
         batches = list(now.calibration(self.batches))
         examples = now.examples or sum(len(b) for b in batches)
         strength = examples**self.power
-        start = [held[str(number)] for number in range(len(parameters))]
+        start, parameters = [held[f"start/{name}"] for name in named], list(named.values())
         own = [p.detach().clone() for p in parameters]
         apart = sum(float((p - q).double().square().sum()) for p, q in zip(own, start, strict=True))
         divergence = apart / (2 * self.deviation**2)
         with evaluating(model), kept(parameters):
-            risks = [float(loss.mean()) for loss, _ in self.drawn(model, now, own, batches)]
+            risks = [float(loss.mean()) for loss, _ in self.drawn(model, now, parameters, own, batches)]
             terms = [gradient_term(*pair, strength / examples, self.variance)
-                     for pair in self.drawn(model, now, start, batches)]  # fmt: skip
+                     for pair in self.drawn(model, now, parameters, start, batches)]  # fmt: skip
         _, slopes = losses_and_slopes(model, now, batches)
         moments = torch.tensor(terms, dtype=torch.float64) * strength
         term = (float(torch.logsumexp(moments, 0)) - math.log(len(terms))) / strength
@@ -138,10 +137,10 @@ class GradientNormBound(Method):
         }
 
     def drawn(
-        self, model: nn.Module, now: Now, centre: list[Tensor], batches: list[Batch]
+        self, model: nn.Module, now: Now, parameters: list[nn.Parameter], centre: list[Tensor], batches: list[Batch]
     ) -> list[tuple[Tensor, Tensor]]:
         """Return the losses and squared slopes of all examples for each of `draws` weights around a centre."""
-        found, parameters = [], trained(model, self.where)
+        found = []
         for _ in range(self.draws):
             with torch.no_grad():
                 for parameter, middle in zip(parameters, centre, strict=True):

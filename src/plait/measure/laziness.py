@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,10 @@ from plait.fields import Count
 from plait.layers import evaluating, is_linear_map, layers, matrix, require_layers
 from plait.math.logits import dense
 from plait.math.per_example import per_example_jacobians
-from plait.measure.base import trained, untouched
+from plait.measure.base import remember, remembered, untouched
 from plait.method import Method, Now, method
 from plait.parametrize.base import dense_weight
+from plait.sharding import full
 
 LARGEST = 8192
 """A kernel has at most so many rows: examples times outputs."""
@@ -48,6 +50,19 @@ def alignment(one: Tensor, other: Tensor) -> float:
     return min(float((one * other).sum() / norms), 1.0) if float(norms) > 0 else 0.0
 
 
+@contextlib.contextmanager
+def awake(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters ask for gradients, also those that rest."""
+    rest = [p for p in parameters if not p.requires_grad]
+    for p in rest:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in rest:
+            p.requires_grad_(False)
+
+
 @paper("liu2024connectivity", key="rich-lazy", kind="probe")
 @method
 class Laziness(Method):
@@ -58,11 +73,12 @@ class Laziness(Method):
     Starts of high rank lead to lazy learning, starts of low rank and the same norm to rich learning, unless they are
     aligned with the task, for then little has to change (Liu et al.).
 
-    J [examples * outputs, parameters]: the derivatives of the outputs in the trained parameters that `where` names, on
-    `count` training examples in evaluation mode. H [examples, features]: what enters `layer`, by default the linear
-    map that runs last, averaged over tokens. Effective rank: exp of the entropy of the singular values' shares (Roy and
-    Vetterli's; the authors' code cuts ranks off and needs none). The kernels follow that code, which takes J in the
-    recurrent weights alone: name them in `where`. Memory: the weights as they began, J, and K.
+    J [examples * outputs, parameters]: the derivatives of the outputs in the parameters that are trained at the start
+    and that `where` names, on `count` training examples in evaluation mode. H [examples, features]: what enters
+    `layer`, by default the linear map that runs last, averaged over tokens. Effective rank: exp of the entropy of the
+    singular values' shares (Roy and Vetterli's; the authors' code cuts ranks off and needs none). The kernels follow
+    that code, which takes J in the recurrent weights alone: name them in `where`. Memory: the weights as they began, J,
+    and K.
 
     Returns {"kernel alignment", "representation alignment", "sign similarity" (the part of H whose signs stayed),
     "weight change" (|W_t - W_0| over all), "relative change" (the same over |W_0|), "effective rank" (mean over the
@@ -91,32 +107,28 @@ class Laziness(Method):
         held = now.of(self)
         held.clear()
         with untouched(model, now, {repr(self)}):
-            kernel, hidden = self.kernel_and_representation(model, now)
-            held["kernel"], held["hidden"] = kernel, hidden
-            held |= {f"weight/{name}": p.detach().clone() for name, p in self.parameters(model).items()}
-            held["ranks"] = self.ranks(model)
-
-    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the trained parameters that `where` names."""
-        chosen = {id(p) for p in trained(model, self.where)}
-        return {name: p for name, p in model.named_parameters() if id(p) in chosen}
+            remember(model, self.where, held)
+            held["kernel"], held["hidden"] = self.kernel_and_representation(model, now)
+            every = layers(model, self.where)
+            names = [name for name, layer in every if any(p.requires_grad for p in layer.parameters())]
+            held |= {f"rank/{name}": rank for name, rank in self.ranks(model, names).items()}
 
     @torch.no_grad()
-    def ranks(self, model: nn.Module) -> Tensor:
-        """Return (effective rank, full rank) of the weight that each trained layer uses: [layers, 2]."""
-        found = []
-        for _, layer in layers(model, self.where):
-            if any(p.requires_grad for p in layer.parameters()):
-                weight = matrix(layer, dense_weight(layer))
-                found.append([effective_rank(weight), float(min(weight.shape))])
-        return torch.tensor(found, dtype=torch.float64).reshape(-1, 2)
+    def ranks(self, model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return (effective rank, full rank) of the weight that each of these layers uses: [2]."""
+        found = {}
+        for name in names:
+            layer = model.get_submodule(name)
+            weight = matrix(layer, dense_weight(layer))
+            found[name] = torch.tensor([effective_rank(weight), float(min(weight.shape))], dtype=torch.float64)
+        return found
 
     def kernel_and_representation(self, model: nn.Module, now: Now) -> tuple[Tensor, Tensor]:
         """Return J J^T [examples * outputs, the same] and H [examples, features], on the same examples each time."""
-        parameters = self.parameters(model)
+        parameters = remembered(model, now.of(self))
         jacobians: list[dict[str, Tensor]] = []
         hidden: list[Tensor] = []
-        with evaluating(model):
+        with evaluating(model), awake(parameters.values()):
             for batch in self.samples(now):
                 hidden.append(self.representation(model, batch, now))
                 jacobians.append(per_example_jacobians(model, parameters, batch, now)[0])
@@ -166,12 +178,11 @@ class Laziness(Method):
         if "kernel" not in held:
             raise BadInput("Laziness did not see the start: put it in the list of methods before training.")
         kernel, hidden = self.kernel_and_representation(model, now)
-        before, ranks = held["hidden"], held["ranks"]
-        moved, size = 0.0, 0.0
-        for name, p in self.parameters(model).items():
-            if (start := held.get(f"weight/{name}")) is not None:
-                moved += float((p.detach() - start).double().square().sum())
-                size += float(start.double().square().sum())
+        before, moved, size = held["hidden"], 0.0, 0.0
+        for name, p in remembered(model, held).items():
+            start = held[f"start/{name}"]
+            moved += float((full(p.detach()) - start).double().square().sum())
+            size += float(start.double().square().sum())
         figures = {
             "kernel alignment": alignment(held["kernel"], kernel),
             "representation alignment": alignment(before @ before.T, hidden @ hidden.T),
@@ -179,8 +190,9 @@ class Laziness(Method):
             "weight change": moved**0.5,
             "relative change": (moved / size) ** 0.5 if size else 0.0,
         }
-        if len(ranks):
-            figures["effective rank"] = float(self.ranks(model)[:, 0].mean())
+        if began := {name.removeprefix("rank/"): rank for name, rank in held.items() if name.startswith("rank/")}:
+            ranks = torch.stack(list(began.values()))
+            figures["effective rank"] = float(torch.stack(list(self.ranks(model, began).values()))[:, 0].mean())
             figures["effective rank at start"] = float(ranks[:, 0].mean())
             figures["part of full rank at start"] = float((ranks[:, 0] / ranks[:, 1]).mean())
         return figures
