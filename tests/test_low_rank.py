@@ -28,6 +28,7 @@ from plait.measure.subspace import SubspaceAngle
 from plait.recipe import Recipe, make
 from plait.step.adam import AdamW
 from plait.step.low_rank import Fira, GaLore, LowRank
+from plait.step.weight_normalized import GradNormLoRP
 from plait.train import train
 from plait.workbench.memory import optimizer_bytes
 from test_step import state_of
@@ -431,6 +432,8 @@ def test_the_measure_needs_a_subspace() -> None:
     assert str(problem.value) == (
         "SubspaceAngle watches an optimizer that steps in a subspace: add one, such as GaLore()."
     )
+    with pytest.raises(BadInput, match="GradNormLoRP projects that of their directions"):
+        SubspaceAngle().check(nn.Linear(3, 3), [GradNormLoRP(rank=1)])
 
 
 def test_small_matrices_are_decomposed_exactly() -> None:

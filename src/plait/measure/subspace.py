@@ -33,8 +33,8 @@ class SubspaceAngle(Method):
 
     Returns "angle", the mean of all theta_j in degrees; "largest", the largest; "captured", the mean over matrices of
     ||P^T G||^2 / ||U^T G||^2, the part of the gradient that P keeps of what the best P would; "matrices", how many.
-    Raises BadInput if no method of the run steps in a subspace. Costs a backward pass a batch, and the eigenvectors of
-    [m, m] a matrix.
+    Raises BadInput if no method of the run steps in a subspace, and for GradNormLoRP, whose P is of another gradient.
+    Costs a backward pass a batch, and the eigenvectors of [m, m] a matrix.
 
     >>> from plait import GaLore, train
     >>> x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
@@ -47,9 +47,14 @@ class SubspaceAngle(Method):
     batches: Count = 1
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
-        """Refuse a run whose optimizer steps in no subspace."""
+        """Refuse a run whose optimizer steps in no subspace, or in one of another gradient."""
         if not any(steps_in_a_subspace(m) for m in methods):
             raise BadInput("SubspaceAngle watches an optimizer that steps in a subspace: add one, such as GaLore().")
+        if any(type(m).__name__ == "GradNormLoRP" for m in methods):
+            raise BadInput(
+                "SubspaceAngle compares with the gradient of the weights, and GradNormLoRP projects that of their "
+                "directions: leave SubspaceAngle out, or step by GaLore()."
+            )
 
     def measure(self, model: nn.Module, now: Now) -> dict[str, Any]:
         """Return the angles at the present weights."""
