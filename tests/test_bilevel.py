@@ -99,6 +99,18 @@ def test_early_steps_are_inexact_and_a_converged_run_says_so() -> None:
     assert [h["evaluations"] for h in found.history] == sorted(h["evaluations"] for h in found.history)
 
 
+def test_the_history_has_the_step_size_that_was_taken() -> None:
+    """Far too long a first one, so that the search must shorten it: the step is alpha |z| long."""
+    start = torch.zeros(2, dtype=torch.float64)
+    inner, outer = lambda w, u: ((w - u) ** 2).sum() / 2, lambda w: ((w - 0.5) ** 2).sum() / 2
+    sizes = {"convexity": 1.0, "smoothness": 1.0, "steps": 1, "step_size": 5.0}
+    found = maid(inner, outer, start, start, **sizes)  # type: ignore[arg-type]
+    (step,) = found.history
+    assert step["step_size"] < 5.0
+    assert float(found.hyper.norm()) == pytest.approx(step["step_size"] * step["hypergradient"])
+    assert Ridge().maid(0.0, steps=100, tolerance=1e-3).history[-1]["step_size"] == 0.0  # converged: none was taken
+
+
 def test_the_budget_ends_a_run() -> None:
     found = Ridge().maid(0.0, steps=300, budget=60)
     assert "budget" in found.remedy
@@ -121,6 +133,8 @@ def test_float32_stops_where_its_precision_ends() -> None:
         ({"convexity": 0.0}, "convexity must be"),
         ({"accuracy": -1.0}, "accuracy must be"),
         ({"steps": 0}, "steps must be"),
+        ({"margin": 2.0}, r"margin must be in \(0, 1\), not 2.0"),
+        ({"margin": 1.0}, "margin must be"),
     ],
 )
 def test_bad_numbers_of_maid_are_refused(given: dict[str, Any], says: str) -> None:
@@ -287,8 +301,20 @@ def test_steps_that_are_too_long_stop_the_run() -> None:
         )
 
 
-@pytest.mark.parametrize(("given", "says"), [({"growth": 0.6}, "growth"), ({"proximity": (0.0, 1.0)}, "proximity")])
-def test_bad_numbers_of_lv_hba_are_refused(given: dict[str, Any], says: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"growth": 0.6}, "growth"),
+        ({"proximity": (0.0, 1.0)}, "proximity"),
+        ({"proximity": (1.0,)}, r"proximity must be \(gamma_1, gamma_2\)"),
+        ({"constraint": None}, "constraint must be a function, not None"),
+        ({"project": None}, "project must be a function, not None"),
+        ({"project_params": 3}, "project_params must be a function, not 3"),
+        ({"project": lambda w, r: None}, r"project must return \(params, hyper\), .* not None"),
+    ],
+)
+def test_what_lv_hba_cannot_work_with_is_refused(given: dict[str, Any], says: str) -> None:
     square = lambda w, r: (w**2).sum()  # noqa: E731
+    functions = {"constraint": lambda w, r: w.sum() - r, "project": inside}
     with pytest.raises(BadInput, match=says):
-        lv_hba(square, square, torch.ones(2), torch.tensor(2.0), lambda w, r: w.sum() - r, inside, **given)
+        lv_hba(square, square, torch.ones(2), torch.tensor(2.0), **(functions | given))

@@ -152,6 +152,22 @@ def test_the_same_start_gives_the_same_run_and_float32_works() -> None:
     assert runs[0].history == runs[1].history
 
 
+def test_tensors_of_several_types_come_back_as_they_were_given() -> None:
+    """The losses see them so too: a product with float32 inputs would fail in float64."""
+    inputs = torch.ones(3, 2)
+    start = {"w": torch.zeros(2), "b": torch.zeros((), dtype=torch.float64)}
+    weigh = {"w": torch.zeros((), dtype=torch.float64), "b": torch.zeros(())}
+
+    def inner(params: dict[str, Tensor], hyper: dict[str, Tensor]) -> Tensor:
+        misfit = (inputs @ params["w"] + params["b"] - 1).square().mean()
+        return misfit + sum(hyper[name].exp() * p.square().sum() for name, p in params.items())
+
+    found = hoag(inner, lambda params: (params["w"].sum() + params["b"] - 0.5) ** 2, start, weigh, steps=5)
+    assert {name: t.dtype for name, t in found.params.items()} == {name: t.dtype for name, t in start.items()}
+    assert {name: t.dtype for name, t in found.hyper.items()} == {name: t.dtype for name, t in weigh.items()}
+    assert found.outer < found.history[0]["outer"]
+
+
 @pytest.mark.parametrize("schedule", ["exponential", "quadratic", "cubic"])
 def test_tolerances_fall_and_their_sum_is_finite(schedule: str) -> None:
     values = tolerances(schedule, 0.01)
@@ -192,6 +208,10 @@ QUADRATIC = (lambda w, h: ((w - h) ** 2).sum(), lambda w: ((w - 1) ** 2).sum(), 
         (2, torch.zeros(2, dtype=torch.long), "real numbers"),
         (2, [1.0, 2.0], "real numbers"),
         (3, torch.tensor([float("nan"), 0.0]), "NaN"),
+        (2, torch.zeros(0), "params holds no numbers"),
+        (3, {"a": torch.zeros(0)}, "hyper holds no numbers"),
+        (0, None, "inner_loss must be a function, not None"),
+        (1, torch.zeros(()), "outer_loss must be a function"),
     ],
 )
 def test_losses_and_tensors_that_cannot_work_are_refused(which: int, value: Any, says: str) -> None:
@@ -205,9 +225,13 @@ def test_losses_and_tensors_that_cannot_work_are_refused(which: int, value: Any,
     [
         ({"schedule": "expontial"}, "did you mean 'exponential'"),
         ({"steps": 0}, "steps must be"),
+        ({"steps": 2.5}, "steps must be a whole number of at least 1, not 2.5"),
+        ({"iterations": True}, "iterations must be a whole number"),
         ({"tolerance": 0.0}, "tolerance must be"),
         ({"step_size": -1.0}, "step_size must be"),
         ({"bounds": (1.0, 0.0)}, "low < high"),
+        ({"bounds": (1.0,)}, "low < high"),
+        ({"bounds": 1.0}, "low < high"),
     ],
 )
 def test_bad_numbers_are_refused(given: dict[str, Any], says: str) -> None:

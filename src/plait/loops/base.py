@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -42,15 +43,18 @@ class Flat:
         if not parts or not all(isinstance(p, Tensor) and p.is_floating_point() for p in parts):
             raise BadInput(f"{name} must be a tensor of real numbers, or a dict of such.")
         self.names = None if isinstance(given, Tensor) else list(given)
-        self.shapes = [p.shape for p in parts]
+        self.shapes, self.dtypes = [p.shape for p in parts], [p.dtype for p in parts]
         self.start = torch.cat([p.detach().reshape(-1) for p in parts])
+        if not len(self.start):
+            raise BadInput(f"{name} holds no numbers: give at least one.")
         if not torch.isfinite(self.start).all():
             raise BadInput(f"{name} holds NaN or infinite values: start from finite ones.")
 
     def back(self, vector: Tensor) -> Any:
-        """Return a vector as the tensors that were given."""
+        """Return a vector as the tensors that were given, of their shapes and types."""
         pieces = torch.split(vector, [shape.numel() for shape in self.shapes])
-        tensors = [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        kinds = zip(pieces, self.shapes, self.dtypes, strict=True)
+        tensors = [piece.view(shape).to(dtype) for piece, shape, dtype in kinds]
         return tensors[0] if self.names is None else dict(zip(self.names, tensors, strict=True))
 
 
@@ -58,6 +62,7 @@ class Problem:
     """The two losses of vectors, and how often the inner one was differentiated."""
 
     def __init__(self, inner: Loss, outer: Loss, params: Flat, hyper: Flat) -> None:
+        require_functions(inner_loss=inner, outer_loss=outer)
         self.losses, self.params, self.hyper = (inner, outer), params, hyper
         needed = [p for p in inspect.signature(outer).parameters.values() if p.default is p.empty]
         self.alone = len(needed) == 1 and needed[0].kind is not needed[0].VAR_POSITIONAL
@@ -193,11 +198,11 @@ def hypergradient(
     return hypers.back(found), variables.back(x)
 
 
-def require_counts(**given: int) -> None:
-    """Refuse what is no whole number of at least 1."""
-    for name, count in given.items():
-        if count < 1:
-            raise BadInput(f"{name} must be a whole number of at least 1, not {count}.")
+def require_functions(**given: Any) -> None:
+    """Refuse what cannot be called."""
+    for name, function in given.items():
+        if not callable(function):
+            raise BadInput(f"{name} must be a function, not {function!r}.")
 
 
 def require_positive(**given: float | None) -> None:
@@ -207,7 +212,12 @@ def require_positive(**given: float | None) -> None:
             raise BadInput(f"{name} must be a finite number greater than 0, not {number}.")
 
 
+def is_pair(given: Any) -> bool:
+    """Say whether something is two numbers."""
+    return isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(n, Real) for n in given)
+
+
 def require_bounds(bounds: tuple[float, float] | None) -> None:
     """Refuse bounds that are not (low, high)."""
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise BadInput(f"bounds must be (low, high) with low < high, not {bounds}.")
+    if bounds is not None and not (is_pair(bounds) and bounds[0] < bounds[1]):
+        raise BadInput(f"bounds must be (low, high) with low < high, not {bounds!r}.")

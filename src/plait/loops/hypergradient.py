@@ -17,9 +17,9 @@ from plait.loops.base import (
     Tensors,
     hypergradient_at,
     require_bounds,
-    require_counts,
     require_positive,
 )
+from plait.math.transport import require_whole
 
 SCHEDULES = ("exponential", "quadratic", "cubic", "exact")
 SHRINK, EXACT, GROW = 0.9, 1e-8, 1.05
@@ -79,7 +79,7 @@ def hoag(
     >>> round(float(found.hyper.exp()), 1), found.outer < 1e-6  # w = 5 / (5 + exp(hyper))
     (5.0, True)
     """
-    require_counts(steps=steps, iterations=iterations)
+    require_whole(1, steps=steps, iterations=iterations)
     require_positive(first_tolerance=first_tolerance, tolerance=tolerance, step_size=step_size)
     require_bounds(bounds)
     problem = Problem(inner_loss, outer_loss, Flat(params, "params"), Flat(hyper, "hyper"))

@@ -16,9 +16,9 @@ from plait.loops.base import (
     Problem,
     Tensors,
     conjugate_gradients,
-    require_counts,
     require_positive,
 )
+from plait.math.transport import require_whole
 
 BACKTRACK, SHRINK, GROW, LENGTHEN = 0.9, 0.5, 1.05, 10 / 9
 """Factors of the step size that is refused, of the accuracy, up and down, and of the step size that was taken."""
@@ -217,10 +217,11 @@ def maid(
     inner_loss(params, hyper) is twice differentiable and mu-strongly convex, outer_loss(params) convex with an
     L-Lipschitz gradient; both return one number. convexity: mu; smoothness: L. The Lipschitz constants of H^-1 and J in
     the bound are estimated from differences, and |J| by the power method. accuracy: the first eps and delta. step_size:
-    the first alpha. budget: gradients of the inner loss and products with its second derivatives, after which no step
-    begins. tolerance: of |z| and its error together. Give hyperparameters in the scale in which steps make sense:
-    logarithms, for strengths. history has, for each step: outer, epsilon, hypergradient, error, step_size, evaluations.
-    Raises BadInput for losses or tensors that cannot be differentiated, NonFinite if the hypergradient is.
+    the first alpha. margin: in (0, 1); the smaller, the less accurate steps may be. budget: gradients of the inner loss
+    and products with its second derivatives, after which no step begins. tolerance: of |z| and its error together. Give
+    hyperparameters in the scale in which steps make sense: logarithms, for strengths. history has, for each step:
+    outer, epsilon, hypergradient, error, step_size (0 where none was taken), evaluations. Raises BadInput for losses or
+    tensors that cannot be differentiated, NonFinite if the hypergradient is.
 
     >>> x, y = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
     >>> inner = lambda w, decay: (((w * x - y) ** 2).sum() + decay.exp() * w**2) / 2
@@ -229,9 +230,11 @@ def maid(
     >>> round(float(found.hyper.exp()), 1)  # w = 5 / (5 + exp(hyper))
     5.0
     """
-    require_counts(steps=steps, iterations=iterations, budget=budget)
+    require_whole(1, steps=steps, iterations=iterations, budget=budget)
     require_positive(convexity=convexity, smoothness=smoothness, accuracy=accuracy)
-    require_positive(step_size=step_size, margin=margin, tolerance=tolerance)
+    require_positive(step_size=step_size, tolerance=tolerance)
+    if not 0 < margin < 1:
+        raise BadInput(f"margin must be in (0, 1), not {margin}.")
     problem = Problem(inner_loss, outer_loss, Flat(params, "params"), Flat(hyper, "hyper"))
     if not problem.alone:
         raise BadInput("maid's outer_loss must be a function of params alone: its certificate covers no other.")
@@ -257,7 +260,7 @@ def _descend(descent: _Descent, state: _State, steps: int, tolerance: float, bud
             state.epsilon, state.delta, failures = SHRINK * state.epsilon, SHRINK * state.delta, failures + 1
         outer, _ = descent.outer(state.x, state.lam)
         figures = {"outer": outer, "epsilon": state.epsilon, "hypergradient": length, "error": state.error}
-        history.append({**figures, "step_size": state.alpha, "evaluations": float(problem.evaluations)})
+        history.append({**figures, "step_size": taken[2] if taken else 0.0, "evaluations": float(problem.evaluations)})
         if converged:
             break
         if taken is None and descent.spent(state):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from plait.catalogue import paper
 from plait.errors import BadInput, NonFinite
-from plait.loops.base import Bilevel, Flat, Loss, Problem, Tensors, require_counts, require_positive
+from plait.loops.base import Bilevel, Flat, Loss, Problem, Tensors, is_pair, require_functions, require_positive
+from plait.math.transport import require_whole
 
 Project = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -75,9 +76,14 @@ def lv_hba(
     >>> abs(float(found.hyper) - 1.0) < 0.1
     True
     """
-    require_counts(steps=steps)
+    require_whole(1, steps=steps)
+    require_functions(constraint=constraint, project=project)
+    if project_params is not None:
+        require_functions(project_params=project_params)
     require_positive(step_size=step_size, z_step_size=z_step_size, lower_step_size=lower_step_size, penalty=penalty)
     require_positive(multiplier_bound=multiplier_bound, tolerance=tolerance)
+    if not is_pair(proximity):
+        raise BadInput(f"proximity must be (gamma_1, gamma_2), two numbers, not {proximity!r}.")
     for number in proximity:
         require_positive(proximity=number)
     if not 0 < growth < 0.5:
@@ -116,7 +122,10 @@ class _Descent:
     def projected(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nearest (y, x) that is allowed."""
         pair = self.project(self.problem.params.back(y), self.problem.hyper.back(x))
-        return Flat(pair[0], "what project returns").start, Flat(pair[1], "what project returns").start
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise BadInput(f"project must return (params, hyper), the nearest that are allowed, not {pair!r}.")
+        y, x = (Flat(part, "what project returns").start for part in pair)
+        return y, x
 
     def slopes(self, value: Tensor, *at: Tensor) -> tuple[Tensor, ...]:
         """Return gradients, 0 where the value does not depend on an input."""
