@@ -18,7 +18,8 @@ def _huber(values: Tensor, smoothing: Tensor | float) -> Tensor:
 
 
 def total_variation(noisy: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return h(x, [a, n]) = sum over images of 1/2 |x - y|^2 + e^a sum sqrt(|D x|^2 + e^2n): total variation, smoothed.
+    """Return h(x, [a, n]) = sum over images of 1/2 |x - y|^2 + e^a sum_ij sqrt(|D x|_ij^2 + e^2n) - e^n: total
+    variation, smoothed.
 
     noisy: images y [n, height, width]. D: differences to the right and down, of one pixel together. The strength e^a
     and the smoothing e^n are learned through their logarithms, a tensor [2]. h is 1-strongly convex in x, which has the

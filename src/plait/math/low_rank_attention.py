@@ -33,6 +33,8 @@ def degree_for(bound: float, tolerance: float) -> int:
     (4, 20)
     """
     degree = 0
+    if bound == 0:  # exp(0) = 1 is met by the first term
+        return degree
     while 2 * bound + (degree + 1) * math.log(bound) - math.lgamma(degree + 2) > math.log(tolerance):
         degree += 2
     return degree
