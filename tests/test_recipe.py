@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from plait import BadInput, Cosine, LoRA, Method, PiSSA, Recipe, method, tsla
 from plait.recipe import check
+from plait.yaml import dump, load
 
 BASE = "model: mlp\ndata: wine\n"
 METHODS = BASE + "methods:\n"
@@ -288,6 +289,16 @@ def test_schedules_read_back_equal() -> None:
 def test_the_name_of_a_file_is_the_name_of_its_recipe(tmp_path: Path) -> None:
     (tmp_path / "lora-8.yaml").write_text(BASE)
     assert Recipe.read(tmp_path / "lora-8.yaml").name == "lora-8"
+
+
+@pytest.mark.parametrize("name", ["1e-3", "1e5", "-2E+4", "3.e8", "1_000", "0o7", "0x1F", "yes", "null", "2024-01-01"])
+def test_text_that_looks_like_a_value_stays_text(name: str, tmp_path: Path) -> None:
+    """A file may be called 1e-3.yaml; what a run keeps of it must read back."""
+    (tmp_path / f"{name}.yaml").write_text(BASE)
+    made = Recipe.read(tmp_path / f"{name}.yaml")
+    assert made.name == name
+    assert Recipe.parse(str(made)) == made
+    assert load(dump({name: [name, 1e-3]}), "values") == {name: [name, 1e-3]}
 
 
 @pytest.mark.parametrize(

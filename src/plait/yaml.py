@@ -22,9 +22,12 @@ class _Values(yaml.SafeLoader):
     }
 
 
-_Values.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+_EXPONENT: Any = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
+_Values.add_implicit_resolver(*_EXPONENT)
 
 
 def _refuse_surprises(text: str, title: str) -> None:
@@ -77,11 +80,14 @@ def load(text: str, title: str) -> Any:
 
 
 class _Flat(yaml.SafeDumper):
-    """Dumps without references to what stands twice."""
+    """Dumps without references to what stands twice, and quotes the text that `load` would read as a number."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write every value out."""
         return True
+
+
+_Flat.add_implicit_resolver(*_EXPONENT)
 
 
 def dump(values: Any) -> str:
