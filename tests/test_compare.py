@@ -92,6 +92,20 @@ def test_a_run_that_fails_is_named_and_the_others_stand(tmp_path: Path) -> None:
     assert again.exit_code == 1  # though a recipe that never ended stands in no table
 
 
+def test_a_model_that_answers_nan_is_a_failed_run_and_the_report_stands(tmp_path: Path) -> None:
+    todo = jobs(recipes("plain", "noisy"), 1, tmp_path / "runs")
+    comparing.compare(recipes("plain", "noisy"), seeds=1, out=tmp_path, quiet=True)
+    kept = todo[1].folder / "results.json"
+    values = json.loads(kept.read_text())
+    values["metrics"]["after"]["test"][values["quality"]] = None  # as NaN is written
+    kept.write_text(json.dumps(values))
+    (tmp_path / "report.html").unlink()
+    results = comparing.compare(recipes("plain", "noisy"), seeds=1, out=tmp_path, quiet=True)
+    assert [r["name"] for r in results["analysis"]["recipes"]] == ["plain"]
+    assert "1 of 1 runs of noisy failed and are left out: its " in results["analysis"]["warnings"][0]["text"]
+    assert (tmp_path / "report.html").exists()
+
+
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "plain.yaml"
     path.write_text(RECIPES["plain"].replace("steps: 12", "steps: 400000, save_every: 20"))

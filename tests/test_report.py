@@ -135,6 +135,25 @@ def test_failed_runs_are_left_out_and_named() -> None:
     assert "1 of 2 runs of b failed and are left out: the objective became NaN." in found["warnings"][0]["text"]
 
 
+def test_a_run_whose_quality_is_not_finite_has_failed() -> None:
+    """results.json holds null for NaN: one such run must not destroy the comparison."""
+    lost = {s: run("b", s, 0.7) for s in range(2)}
+    lost[1]["metrics"]["after"]["test"]["accuracy"] = None
+    found = analysed([run("a", 0, 0.7), run("a", 1, 0.71), *lost.values(), run("c", 0, float("nan"))], 2)
+    assert [w["text"] for w in found["warnings"] if w["kind"] == "failed"] == [
+        f"1 of {count} runs of {name} failed and are left out: its accuracy on the test set is NaN or infinite; lower "
+        "the learning rate."
+        for count, name in ((2, "b"), (1, "c"))
+    ]
+    assert {r["name"]: r["seeds"] for r in found["recipes"]} == {"a": [0, 1], "b": [0]}
+
+
+def test_a_folded_model_whose_quality_is_not_finite_is_left_out() -> None:
+    made = [run("a", s, 0.7) | {"folded": {"folded": {"accuracy": v}}} for s, v in enumerate((0.5, None, 0.7))]
+    (row,) = analysed(made, 3)["recipes"]
+    assert row["folded"]["folded"]["values"] == [0.5, 0.7]
+
+
 def test_lower_is_better_turns_the_judgement() -> None:
     made = [*(run("a", s, 3.0 + 0.01 * s, metric="loss", better="lower") for s in range(4))]
     made += [run("b", s, 2.5 + 0.011 * s, metric="loss", better="lower") for s in range(4)]

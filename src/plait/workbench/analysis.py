@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from statistics import fmean, median
 from typing import Any
 
@@ -118,7 +119,8 @@ def _folded(metric: Metric, group: Group) -> Values:
     """Return the quality after folding, and after folding and rounding, where the runs measured it."""
     measured = [run["folded"] for run in group.runs if run.get("folded")]
     names = list(measured[0]) if measured else []
-    return {name: _interval([float(run[name][metric.name]) for run in measured]) for name in names}
+    found = {name: [run[name].get(metric.name) for run in measured] for name in names}
+    return {name: _interval([float(v) for v in values if v is not None]) for name, values in found.items()}
 
 
 def analyse(groups: Sequence[Group], seeds: Sequence[int]) -> Values:
@@ -310,13 +312,24 @@ def _cheaper(mine: tuple[float, float], theirs: tuple[float, float]) -> str:
 
 
 def regroup(recipes: Sequence[tuple[str, Values, str]], runs: Sequence[Values]) -> list[Group]:
-    """Return the runs by recipe, in the recipes' order and each by seed."""
+    """Return the runs by recipe, in the recipes' order and each by seed; one without a finite quality has failed."""
     groups = []
     for name, config, yaml in recipes:
-        mine = sorted((r for r in runs if r["name"] == name), key=lambda r: r["seed"])
+        mine = sorted((_judged(r) for r in runs if r["name"] == name), key=lambda r: r["seed"])
         done, failed = [r for r in mine if "error" not in r], [r for r in mine if "error" in r]
         groups.append(Group(name, config, yaml, done, failed))
     return groups
+
+
+def _judged(run: Values) -> Values:
+    """Return a run, or why it failed: JSON has no NaN and no infinity, so that such a figure is read back as null."""
+    if "error" in run:
+        return run
+    found = run["metrics"]["after"]["test"].get(run["quality"])
+    if found is not None and isfinite(found):
+        return run
+    error = f"its {run['quality']} on the test set is NaN or infinite; lower the learning rate."
+    return {"name": run["name"], "seed": run["seed"], "error": error}
 
 
 __all__ = ["Group", "Metric", "analyse", "regroup"]

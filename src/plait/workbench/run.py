@@ -285,6 +285,6 @@ def _before(task: Task, folder: Path | None) -> dict[str, dict[str, float]]:
 
 def _forgetting(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> float | None:
     """Return by how much the loss on the other domain rose."""
-    if "other" not in after or "loss" not in after["other"]:
-        return None
+    if "other" not in after or "loss" not in after["other"] or before["other"]["loss"] is None:
+        return None  # a NaN of the untrained model is null in its file
     return after["other"]["loss"] - before["other"]["loss"]
