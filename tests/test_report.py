@@ -129,6 +129,26 @@ def test_the_cheaper_of_two_that_cannot_be_told_apart_is_recommended() -> None:
     assert "bad" not in found["summary"]["tied"]
 
 
+def test_what_costs_least_is_said_of_what_does() -> None:
+    """Least memory, but five times the time: the faster recipe is named."""
+    slow, quick = {"peak": 100.0, "step": 1.0}, {"peak": 300.0, "step": 0.2}
+    for better in ({"slow": (0.744, slow), "quick": (0.743, quick)}, {"quick": (0.744, quick), "slow": (0.743, slow)}):
+        said = analysed(runs(better, noise=0.01), 5)["summary"]
+        assert said["use"] == "slow"
+        assert said["headline"] == "Use slow: no recipe is better beyond noise, and it needs the least memory."
+        assert re.fullmatch(
+            r"quick is faster than slow: 29 % more peak memory and (79|80|81) % less time per step\.", said["why"][-1]
+        )
+        assert not re.search("cheap|costs least", " ".join(said["why"]))
+    said = analysed(runs({"slow": (0.744, slow), "quick": (0.743, quick | {"peak": 90.0})}, noise=0.01), 5)["summary"]
+    assert said["headline"] == "Use quick: no recipe is better beyond noise, and it costs least."
+    bare = runs({"a": (0.744, {}), "b": (0.743, {})}, noise=0.01)
+    for one in bare:
+        one["memory"], one["seconds"] = {}, {}
+    said = analysed(bare, 5)["summary"]
+    assert said["headline"] == f"Use {said['best']}: no recipe is better beyond noise, and it has the best mean."
+
+
 def test_failed_runs_are_left_out_and_named() -> None:
     failed = {"name": "b", "seed": 1, "error": "the objective became NaN."}
     found = analysed([run("a", 0, 0.7), run("a", 1, 0.71), run("b", 0, 0.7), failed], 2)

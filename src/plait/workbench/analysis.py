@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import inf, isfinite
 from statistics import fmean, median
 from typing import Any
 
@@ -243,7 +243,7 @@ def recommend(
     # Holm's correction keeps more recipes in play, not fewer: the safe side.
     tested = allow_for_many([d for d in pairs.values() if d is not None])
     worse = {d.other for d in tested if d.verdict == "clear"}
-    costs = {r["name"]: (_cost(r, "memory") or 0.0, _cost(r, "time") or 0.0) for r in rows}
+    costs = {r["name"]: (_cost(r, "memory") or inf, _cost(r, "time") or inf) for r in rows}
     rest = [name for name in means if name not in worse]
     least = min(costs[name][0] for name in rest)
     lean = [name for name in rest if costs[name][0] <= least * (1 + ALIKE)]
@@ -251,18 +251,30 @@ def recommend(
     lean = [name for name in lean if costs[name][1] <= quick * (1 + ALIKE)]
     chosen = best if best in lean else (max if metric.higher else min)(lean, key=lambda name: means[name])
     count = min(len(g.runs) for g in groups)
+    least_of, trade = _thrift(chosen, rest, costs)
     why = _reasons(metric, chosen, best, rest, means, costs, tested, by_name, groups[0].name)
     headline = f"Use {chosen}."
     if count < FEWEST_SEEDS and len(means) > 1:
         headline = f"Undecided: {best} reached the best {metric.name}, on {count_of(count)}."
         start = "One seed" if count == 1 else "Two seeds"
-        why = [f"{start} cannot show which difference is luck; run --seeds 5. Meanwhile {chosen} is the cheapest."]
+        why = [f"{start} cannot show which difference is luck; run --seeds 5. Meanwhile {chosen} {least_of}."]
     elif len(rest) == len(means) > 1:
-        headline = f"Use {chosen}: no recipe is better beyond noise, and it costs least."
+        headline = f"Use {chosen}: no recipe is better beyond noise, and it {least_of}."
     elif len(means) == 1:
         headline = f"{chosen} reached {metric.show(means[chosen])}."
         why = ["There is nothing to compare it with: give a second recipe that runs."]
-    return {"headline": headline, "use": chosen, "best": best, "tied": rest, "why": why}
+    return {"headline": headline, "use": chosen, "best": best, "tied": rest, "why": [*why, *trade]}
+
+
+def _thrift(chosen: str, rest: Sequence[str], costs: Mapping[str, tuple[float, float]]) -> tuple[str, list[str]]:
+    """Return what a recipe costs least of, and a sentence that names a faster one, where there is one."""
+    memory, time = costs[chosen]
+    quick = min(rest, key=lambda name: costs[name][1])
+    if isfinite(time) and time > costs[quick][1] * (1 + ALIKE):
+        trade = f"{quick} is faster than {chosen}: {_cheaper(costs[quick], costs[chosen])}."
+        return "needs the least memory", [trade]
+    said = {(True, True): "costs least", (True, False): "needs the least memory", (False, True): "takes the least time"}
+    return said.get((isfinite(memory), isfinite(time)), "has the best mean"), []
 
 
 def _reasons(
@@ -281,12 +293,12 @@ def _reasons(
     if chosen != best and to_best is not None:
         why.append(
             f"{best} has the best mean, {metric.show(means[best])}, but the difference of "
-            f"{metric.gap(to_best.interval.mean)} is within noise, and {chosen} is cheaper: "
+            f"{metric.gap(to_best.interval.mean)} is within noise, and {chosen} takes "
             f"{_cheaper(costs[chosen], costs[best])}."
         )
     elif len(rest) > 1:
         others = together([name for name in rest if name != chosen])
-        why.append(f"It cannot be told from {others} by quality, and none of those is cheaper.")
+        why.append(f"It cannot be told from {others} by quality, and it {_thrift(chosen, rest, costs)[0]}.")
     beaten = [d for d in tested if d.verdict == "clear"]
     if chosen == best and beaten:
         says = " and ".join(f"{d.other} by {metric.gap(d.interval.mean)}" for d in beaten)
@@ -301,7 +313,7 @@ def _reasons(
 def _cheaper(mine: tuple[float, float], theirs: tuple[float, float]) -> str:
     said = []
     for name, a, b in (("peak memory", mine[0], theirs[0]), ("time per step", mine[1], theirs[1])):
-        if a and b:
+        if isfinite(a) and isfinite(b) and b:
             change = a / b - 1
             said.append(
                 f"the same {name}"
