@@ -112,15 +112,19 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> No
     command = [sys.executable, "-m", "plait.cli", "compare", str(path), "--seeds", "1", "--out", str(tmp_path / "out")]
     # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
     started = subprocess.Popen(
-        command, stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     )
     folder = jobs([Recipe.read(path)], 1, tmp_path / "out" / "runs")[0].folder
     until = time.monotonic() + 60
     while last_step(folder) is None and time.monotonic() < until:
         time.sleep(0.1)
     started.send_signal(signal.SIGINT)
-    assert started.wait(60) == 130
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 130
     assert (last_step(folder) or 0) >= 20, "the run under way left a checkpoint"
+    assert said == "plait: stopped; what was done is kept, and the same command goes on from there.\n"
+    assert not (folder / "failed.json").exists()
+    assert "Traceback" not in (folder / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -177,7 +179,8 @@ def compare(
         _compare_study(recipes, [*(set_ or []), *([f"seeds={seeds}"] if seeds else [])], out, engine, workers, as_json)
         return
     made = [Recipe.read(path, set_ or []) for path in recipes]
-    results = comparing.compare(made, seeds=seeds or 5, out=out, engine=engine, workers=workers)
+    with _saying_how_to_go_on():
+        results = comparing.compare(made, seeds=seeds or 5, out=out, engine=engine, workers=workers)
     if as_json:
         say({key: value for key, value in results.items() if key != "runs"})
     else:
@@ -185,6 +188,14 @@ def compare(
         typer.echo("\n" + "\n".join([*comparing.lines(results), "", f"report: {results['files']['report']}"]))
     if any(warning["kind"] == "failed" for warning in results["analysis"]["warnings"]):
         raise typer.Exit(FAILED)
+
+
+@contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; what was done is kept, and the same command goes on from there.") from None
 
 
 def _compare_study(
@@ -196,7 +207,8 @@ def _compare_study(
 
     if len(paths) > 1:
         raise BadInput(f"a study is compared by itself: give {paths[0]} alone, or recipes only.")
-    results = run_study(Study.read(paths[0], overrides), out, engine=engine, workers=workers)
+    with _saying_how_to_go_on():
+        results = run_study(Study.read(paths[0], overrides), out, engine=engine, workers=workers)
     if as_json:
         say(results)
         return

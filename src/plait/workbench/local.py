@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[Job, dict[str, Any]], None]
 Children = list[subprocess.Popen[str]]
-STOPPED = 130
-"""The exit code of a run that was stopped, and left a checkpoint."""
+STOPPED = (130, -signal.SIGTERM)
+"""The exit codes of a run that was stopped: after a checkpoint, or outside its steps."""
 
 
 def run_all(jobs: Sequence[Job], bars: Bars, workers: int = 1) -> None:
@@ -80,7 +81,7 @@ def run_one(job: Job, on_step: OnStep | None = None, *, share: int | None = None
         except BaseException:
             _stop([child])
             raise
-    if child.returncode == STOPPED:
+    if child.returncode in STOPPED:
         raise KeyboardInterrupt
     if job.finished() is None and job.failed() is None:
         lines = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()

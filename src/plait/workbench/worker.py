@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.errors import BadInput, NonFinite
+from plait.errors import BadInput, Interrupted, NonFinite
 
 if TYPE_CHECKING:
     from plait.method import Now
@@ -44,7 +44,7 @@ def main(recipe: str, folder: str) -> int:
     try:
         made = Recipe.read(recipe)
         run_recipe(made, folder, quiet=True, watch=watch)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         return 130
     except (BadInput, NonFinite, MemoryError) as problem:
         write_json(Path(folder) / "failed.json", {"error": str(problem) or type(problem).__name__})
