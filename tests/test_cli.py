@@ -1,7 +1,9 @@
 """The command line as a user meets it: what it prints, what it writes, and its exit codes."""
 
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +16,8 @@ from typer.testing import CliRunner, Result
 from plait import __version__ as plait_version
 from plait.claims import base as claims
 from plait.cli import app
-from plait.workbench import find, index
+from plait.errors import BadInput
+from plait.workbench import find, index, writing
 
 RECIPE = """
 model: mlp
@@ -94,6 +97,52 @@ def test_a_stopped_run_goes_on_to_the_same_figures() -> None:
     resumed = json.loads(Path("stopped/results.json").read_text())
     assert resumed["metrics"] == whole["metrics"]
     assert resumed["history"] == whole["history"]
+
+
+@pytest.mark.parametrize(("room", "file"), [(100, "recipe.yaml"), (700, "the checkpoint of step 3")])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(room: int, file: str) -> None:
+    """A limit on the size of files fails a write half way, as a full disk does; the curve alone stops no run."""
+    command = [sys.executable, "-m", "plait.cli", "run", "wine.yaml", "--out", "full"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+    )
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("plait: ")
+    assert f"{file} could not be written" in said
+    assert "File too large" in said
+    assert "run the same command again." in said
+    assert "Traceback" not in done.stderr
+    assert not list(Path("full").glob(".*"))
+    assert plait("run", "wine.yaml", "--out", "full").exit_code == 0
+
+
+def test_a_run_needs_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    from plait.workbench import run as running
+
+    def full(path: Path, values: object) -> None:
+        if path.name == "curve.json":
+            raise BadInput(f"{path} could not be written: No space left on device.")
+        writing.write_json(path, values)
+
+    monkeypatch.setattr(running, "write_json", full)
+    assert plait("run", "wine.yaml").exit_code == 0
+    assert len(json.loads(Path("runs/wine/results.json").read_text())["curve"]) == 10
+
+
+def test_a_disk_that_is_full_elsewhere_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    refused = plait("run", "wine.yaml")
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines()[-1] == (
+        "plait: No space left on device: free some room and run the same command again."
+    )
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_ray_gives_the_same_figures_and_a_killed_worker_is_tried_again(tmp_path:
 
 
 def test_results_are_strict_json(tmp_path: Path) -> None:
-    from plait.workbench.run import write_json
+    from plait.workbench.writing import write_json
 
     values = {"a": [1.5, float("nan"), float("-inf")], 2: (True, None, torch.ones(2)), "path": tmp_path}
     write_json(tmp_path / "results.json", values)

@@ -6,6 +6,7 @@ why, and what to do); 130 stopped by Ctrl-C, after a checkpoint where there is a
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from typer.core import TyperGroup
 from plait.errors import BadInput, Interrupted, NonFinite
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk without room."""
 WIDE = 110
 """Columns of a terminal that has room for all of `plait list`."""
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -39,6 +42,11 @@ class Commands(TyperGroup):
         except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as problem:
             said = f"cannot use '{problem.filename}' ({problem.strerror}): give another file or folder."
             typer.echo(f"plait: {said}", err=True)
+            raise typer.Exit(BAD_INPUT) from None
+        except OSError as problem:
+            if problem.errno not in FULL:
+                raise
+            typer.echo(f"plait: {problem.strerror}: free some room and run the same command again.", err=True)
             raise typer.Exit(BAD_INPUT) from None
         except UsageError as problem:
             _mistyped(problem, f"{ctx.command_path} {ctx.invoked_subcommand or ''}".rstrip())

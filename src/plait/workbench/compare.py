@@ -112,7 +112,7 @@ def _short(value: Any) -> str:
 def collect(recipes: Sequence[Recipe], todo: Sequence[Job], place: Path, workers: int = 1) -> Values:
     """Gather what the runs left, analyse it, and write results.json and report.html."""
     from plait.workbench.report import describe_methods, write_report
-    from plait.workbench.run import write_json
+    from plait.workbench.writing import write_json
 
     runs = [found for job in todo if (found := _result(job)) is not None]
     groups = regroup([(r.name, r.config(), str(r)) for r in recipes], runs)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.errors import BadInput
 from plait.workbench.store import Job
+from plait.workbench.writing import write_json, write_text
 
 if TYPE_CHECKING:
     from plait.workbench.compare import Bars
@@ -67,7 +68,7 @@ def run_one(job: Job, on_step: OnStep | None = None, *, share: int | None = None
     """
     job.ready()
     recipe = job.folder / "job.yaml"
-    job.recipe.write(recipe)
+    write_text(recipe, f"{job.recipe}\n")
     command = [sys.executable, "-m", "plait.workbench.worker", str(recipe), str(job.folder)]
     limit = {} if share is None else {"OMP_NUM_THREADS": str(share), "NUMBA_NUM_THREADS": str(share)}
     with open(job.folder / "log.txt", "a", encoding="utf-8") as log:
@@ -123,6 +124,4 @@ def _reason(code: int, lines: list[str]) -> str:
 
 
 def _fail(job: Job, error: str) -> None:
-    from plait.workbench.run import write_json
-
     write_json(job.folder / "failed.json", {"error": error})

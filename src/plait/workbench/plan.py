@@ -275,8 +275,8 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 def main(recipe: str, examples: str, out: str) -> int:
     """Probe a recipe in this process and write what was counted."""
-    from plait.workbench.run import write_json
     from plait.workbench.worker import die_with_parent
+    from plait.workbench.writing import write_json
 
     die_with_parent()
     try:

@@ -38,7 +38,7 @@ def run_all(jobs: Sequence[Job], bars: Bars) -> None:
         raise BadInput("--engine ray needs Ray: pip install 'plait[ray]', or use --engine local.")
     import ray
 
-    from plait.workbench.run import write_json
+    from plait.workbench.writing import write_json
 
     if not jobs:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from plait.workbench.figures import figures
 from plait.workbench.panels import panels
 from plait.workbench.wording import Metric, megabytes, seconds
+from plait.workbench.writing import write_text
 
 Values = dict[str, Any]
 COLUMNS = (
@@ -24,9 +24,7 @@ JUDGED = {"clear": "clear", "suggestive": "not yet clear", "noise": "within nois
 def write_report(results: Mapping[str, Any], path: str | Path) -> Path:
     """Write the page of a comparison's results, as `compare` returns and `results.json` holds them."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(render(results), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, render(results))
     return path
 
 

@@ -5,11 +5,11 @@ A folder holds `recipe.yaml`, the checkpoints, `before.json` (the figures of the
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from plait.errors import BadInput, Interrupted
 from plait.recipe import Recipe
 from plait.workbench.progress import Progress, stoppable
+from plait.workbench.writing import write_json, write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,24 +60,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON atomically: a reader never sees half a file. NaN and infinity, which JSON lacks, become null."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(_plain(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _plain(value: Any) -> Any:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
-
-
 def load(recipe: Recipe) -> Task:
     """Return the task that a recipe names: its model, data, loss and metrics."""
     from plait.tasks.base import load_task
@@ -97,7 +80,7 @@ def prepare(recipe: Recipe, folder: Path) -> None:
                 f"{mine.get(odd[0])}): give another --out, or delete that one to start anew."
             )
     folder.mkdir(parents=True, exist_ok=True)
-    recipe.write(held)
+    write_text(held, f"{recipe}\n")
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +246,8 @@ class Curve:
         loss = self.task.metrics(self.task.model, self.part)["loss"]
         self.points = [p for p in self.points if p["step"] < now.step] + [{"step": now.step, "loss": loss}]
         if self.file is not None:
-            write_json(self.file, self.points)
+            with contextlib.suppress(BadInput):  # a full disk is the checkpoint's to say: the run needs no curve
+                write_json(self.file, self.points)
 
 
 def _before(task: Task, folder: Path | None) -> dict[str, dict[str, float]]:

@@ -20,10 +20,11 @@ from plait.errors import BadInput
 from plait.recipe import Recipe
 from plait.workbench.compare import Bars, compare, machine
 from plait.workbench.local import check_workers, run_all
-from plait.workbench.run import versions, write_json
+from plait.workbench.run import versions
 from plait.workbench.store import Job, digest
 from plait.workbench.study import Study
 from plait.workbench.tracks import sizes
+from plait.workbench.writing import write_json
 
 Values = dict[str, Any]
 

@@ -31,7 +31,8 @@ def run(
 ) -> Iterator[Verdict]:
     """Yield the verdict on each claim of a method, then write them to `folder`."""
     from plait.claims.base import evidence, verify
-    from plait.workbench.run import versions, write_json
+    from plait.workbench.run import versions
+    from plait.workbench.writing import write_json
 
     verdicts = []
     for claim in claims:

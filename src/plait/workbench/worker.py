@@ -29,7 +29,7 @@ def die_with_parent() -> None:
 def main(recipe: str, folder: str) -> int:
     """Run a recipe; return the exit code of `plait run`."""
     from plait.recipe import Recipe
-    from plait.workbench.run import run_recipe, write_json
+    from plait.workbench.run import run_recipe
 
     die_with_parent()
     said = 0.0
@@ -47,13 +47,21 @@ def main(recipe: str, folder: str) -> int:
     except (KeyboardInterrupt, Interrupted):
         return 130
     except (BadInput, NonFinite, MemoryError) as problem:
-        write_json(Path(folder) / "failed.json", {"error": str(problem) or type(problem).__name__})
+        _fail(folder, str(problem) or type(problem).__name__)
         print(problem, file=sys.stderr)
         return 2 if isinstance(problem, BadInput) else 1
     except Exception as problem:
-        write_json(Path(folder) / "failed.json", {"error": f"{type(problem).__name__}: {problem}"})
+        _fail(folder, f"{type(problem).__name__}: {problem}")
         raise
     return 0
+
+
+def _fail(folder: str, error: str) -> None:
+    """Leave the reason; where there is no room for it, the process that started this one says so."""
+    from plait.workbench.writing import write_json
+
+    with suppress(BadInput):
+        write_json(Path(folder) / "failed.json", {"error": error})
 
 
 if __name__ == "__main__":
