@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,7 +18,9 @@ from plait import __version__ as plait_version
 from plait.claims import base as claims
 from plait.cli import app
 from plait.errors import BadInput
+from plait.recipe import Recipe
 from plait.workbench import find, index, writing
+from plait.workbench.run import COSTS
 
 RECIPE = """
 model: mlp
@@ -97,6 +100,62 @@ def test_a_stopped_run_goes_on_to_the_same_figures() -> None:
     resumed = json.loads(Path("stopped/results.json").read_text())
     assert resumed["metrics"] == whole["metrics"]
     assert resumed["history"] == whole["history"]
+    assert whole["measured"] == "seconds and memory are of all 4000 steps"
+    assert re.fullmatch(r"seconds and memory are of steps [1-9]\d* to 3999, after a checkpoint", resumed["measured"])
+
+
+def test_a_finished_run_that_is_run_again_or_exported_keeps_what_it_cost() -> None:
+    first = json.loads(plait("run", "wine.yaml", "--json").stdout)
+    assert first["seconds"]["step"] > 0
+    again = plait("run", "wine.yaml")
+    assert f"{first['seconds']['train']:.1f} s of training" in again.stdout
+    kept = Path("runs/wine/results.json")
+    held = json.loads(kept.read_text())
+    assert {name: held[name] for name in COSTS} == {name: first[name] for name in COSTS}
+    before = kept.stat().st_mtime_ns
+    assert plait("export", "runs/wine", "out", "--to", "peft", "--rank", "2").exit_code == 0
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_a_run_may_go_on_with_more_steps_where_nothing_is_scheduled() -> None:
+    """Its own folder takes it; what it held of fewer steps is gone only when the run goes on."""
+    Path("plain.yaml").write_text(RECIPE.replace("{cosine: {peak: 1e-2, warmup: 0.1}}", "1e-2"))
+    for name in ("plain", "wine"):
+        assert plait("run", f"{name}.yaml").exit_code == 0
+    ready = plait("export", "runs/plain", "out", "--to", "peft", "--rank", "2", "--set", "train.steps=40")
+    assert ready.stderr == (
+        "plait: runs/plain holds a run of 30 steps, not 40: let `plait run` train it further first.\n"
+    )
+    longer = json.loads(plait("run", "plain.yaml", "--set", "train.steps=40", "--json").stdout)
+    assert [h["step"] for h in longer["history"]] == list(range(40))
+    assert longer["measured"] == "seconds and memory are of steps 30 to 39, after a checkpoint"
+    assert longer["recipe"]["train"]["steps"] == 40
+    assert Recipe.read("runs/plain/recipe.yaml").train.steps == 40
+    whole = json.loads(plait("run", "plain.yaml", "--set", "train.steps=40", "--out", "whole", "--json").stdout)
+    assert longer["metrics"] == whole["metrics"]
+    for name, steps, says in (("wine", 40, "whose schedules follow that number"), ("plain", 9, "beyond the 9 steps")):
+        held = Path(f"runs/{name}/results.json").read_text()
+        refused = plait("run", f"{name}.yaml", "--set", f"train.steps={steps}")
+        assert refused.exit_code == 2
+        assert says in refused.stderr
+        assert Path(f"runs/{name}/results.json").read_text() == held
+        assert Recipe.read(f"runs/{name}/recipe.yaml").train.steps == json.loads(held)["recipe"]["train"]["steps"]
+
+
+def test_a_run_is_not_gone_on_with_when_its_data_changed() -> None:
+    rows = [f"{i},{i % 7},{i % 2}" for i in range(90)]
+    Path("rows.csv").write_text("\n".join(["a,b,label", *rows]) + "\n")
+    given = ["run", "wine.yaml", "--set", "data=rows.csv"]
+    assert plait(*given).exit_code == 0
+    assert plait(*given).exit_code == 0
+    Path("rows.csv").write_text("\n".join(["a,b,label", *rows[1:], "5,5,0"]) + "\n")
+    refused = plait(*given)
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines()[-1] == (
+        "plait: the data of the run in runs/wine changed since it began (rows.csv holds other examples now): restore "
+        "them, give another --out, or delete that folder to start anew."
+    )
+    assert plait(*given, "--out", "anew").exit_code == 0
 
 
 @pytest.mark.parametrize(("room", "file"), [(100, "recipe.yaml"), (700, "the checkpoint of step 3")])
@@ -297,7 +356,6 @@ def test_export_to_onnx_gives_the_same_logits() -> None:
     import onnxruntime
     import torch
 
-    from plait.recipe import Recipe
     from plait.workbench.run import run_recipe
 
     command = [sys.executable, "-m", "plait.cli", "export", "wine.yaml", "out", "--to", "onnx"]
@@ -329,7 +387,10 @@ def test_export_of_any_trained_model_at_a_rank_prints_what_is_lost() -> None:
         "adapter_model.safetensors",
         "plait_base.json",
     ]
+    Path("whole").mkdir()
+    Path("whole/notes.txt").write_text("of the user\n")
     done = plait("export", "wine.yaml", "whole", "--to", "peft", "--rank", "64")
+    assert [Path(file).name for file in done.stdout.splitlines()[1:]] == [Path(file).name for file in files]
     assert done.stdout.startswith("relative error of the truncated update: 0 over")
     refused = plait("export", "wine.yaml", "out", "--rank", "2")
     assert refused.exit_code == 2

@@ -106,6 +106,36 @@ def test_a_model_that_answers_nan_is_a_failed_run_and_the_report_stands(tmp_path
     assert (tmp_path / "report.html").exists()
 
 
+def test_a_comparison_is_not_gone_on_with_when_its_data_changed(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    rows = [f"{i},{i % 7},{i % 2}" for i in range(90)]
+    table.write_text("\n".join(["a,b,label", *rows]) + "\n")
+    made = [recipe.with_(f"data={table}") for recipe in recipes("plain", "noisy")]
+    comparing.compare(made[:1], seeds=1, out=tmp_path, quiet=True)
+    table.write_text("\n".join(["a,b,label", *rows[1:], "5,5,0"]) + "\n")
+    with pytest.raises(BadInput) as refused:
+        comparing.compare(made, seeds=1, out=tmp_path, quiet=True)
+    assert str(refused.value) == (
+        f"{table} changed since runs in {tmp_path / 'runs'} were finished: restore it, give another --out, or delete "
+        "that folder to run all anew."
+    )
+    todo = jobs(made, 1, tmp_path / "runs")
+    run_recipe(made[1], todo[1].folder, quiet=True)
+    results = comparing.collect(made, todo, tmp_path)
+    assert results["analysis"]["warnings"][0]["text"].startswith("The data changed while the runs were made")
+    assert results["made"]["Data"].endswith("; not the same for all runs")
+
+
+def test_the_report_shows_the_command_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("some recipes").mkdir()
+    Path("some recipes/plain.yaml").write_text(RECIPES["plain"])
+    given = ["compare", "some recipes/plain.yaml", "--set", "train.steps=2", "--seeds", "1", "--out", "here"]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    made = json.loads(Path("here/results.json").read_text())["made"]
+    assert made["Command"] == "plait compare 'some recipes/plain.yaml' --set train.steps=2 --seeds 1 --out here"
+
+
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "plain.yaml"
     path.write_text(RECIPES["plain"].replace("steps: 12", "steps: 400000, save_every: 20"))

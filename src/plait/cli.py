@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the options that stand before the command."""
-        given = list(args)
+        given = ctx.meta["given"] = list(args)
         try:
             rest: list[str] = super().parse_args(ctx, args)
         except UsageError as problem:
@@ -161,6 +162,7 @@ def run(
 
 @app.command()
 def compare(
+    context: typer.Context,
     recipes: Annotated[
         list[Path], typer.Argument(help="Recipes, the first being what the others are held against; or one study.")
     ],
@@ -183,12 +185,15 @@ def compare(
     from plait.workbench.report import terminal_table
     from plait.workbench.study import is_study
 
+    typed = shlex.join(["plait", *context.meta["given"]])
     if any(is_study(path) for path in recipes):
-        _compare_study(recipes, [*(set_ or []), *([f"seeds={seeds}"] if seeds else [])], out, engine, workers, as_json)
+        _compare_study(
+            recipes, [*(set_ or []), *([f"seeds={seeds}"] if seeds else [])], out, engine, workers, as_json, typed
+        )
         return
     made = [Recipe.read(path, set_ or []) for path in recipes]
     with _saying_how_to_go_on():
-        results = comparing.compare(made, seeds=seeds or 5, out=out, engine=engine, workers=workers)
+        results = comparing.compare(made, seeds=seeds or 5, out=out, engine=engine, workers=workers, command=typed)
     if as_json:
         say({key: value for key, value in results.items() if key != "runs"})
     else:
@@ -207,7 +212,7 @@ def _saying_how_to_go_on() -> Iterator[None]:
 
 
 def _compare_study(
-    paths: list[Path], overrides: list[str], out: Path | None, engine: str, workers: int, as_json: bool
+    paths: list[Path], overrides: list[str], out: Path | None, engine: str, workers: int, as_json: bool, typed: str
 ) -> None:
     """Run a study and print a line for each method."""
     from plait.workbench.run_study import run_study, summary
@@ -216,7 +221,7 @@ def _compare_study(
     if len(paths) > 1:
         raise BadInput(f"a study is compared by itself: give {paths[0]} alone, or recipes only.")
     with _saying_how_to_go_on():
-        results = run_study(Study.read(paths[0], overrides), out, engine=engine, workers=workers)
+        results = run_study(Study.read(paths[0], overrides), out, engine=engine, workers=workers, command=typed)
     if as_json:
         say(results)
         return

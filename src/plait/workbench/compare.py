@@ -17,6 +17,7 @@ from plait.errors import BadInput
 from plait.recipe import Recipe
 from plait.workbench.analysis import analyse, regroup
 from plait.workbench.local import check_workers, run_all, threads
+from plait.workbench.sources import changed, refuse_mixed
 from plait.workbench.store import Job, jobs
 
 Values = dict[str, Any]
@@ -31,11 +32,13 @@ def compare(
     engine: str = "local",
     workers: int = 1,
     quiet: bool = False,
+    command: str | None = None,
 ) -> Values:
     """Run every recipe with every seed and return the results, which are also written to OUT with the page.
 
     runs: the folder of the runs [OUT/runs]; comparisons that share it share the runs of equal recipes. workers: how
     many runs at a time share the cores; their times are then not those of a run that has the machine to itself.
+    command: what was typed, for the report.
 
     Raises BadInput for recipes that cannot be compared, KeyboardInterrupt when Ctrl-C was pressed; what was finished
     then stays, and the same call goes on.
@@ -46,6 +49,9 @@ def compare(
     check_workers(workers)
     place = Path(out) if out is not None else Path("runs") / "-vs-".join(r.name for r in recipes)[:100]
     todo = jobs(list(recipes), seeds, Path(runs) if runs is not None else place / "runs")
+    refuse_mixed(
+        recipes[0].data, [done for job in todo if (done := job.finished()) is not None], todo[0].folder.parents[1]
+    )
     check_on_models([r for r in recipes if any(job.recipe.name == r.name and job.finished() is None for job in todo)])
     with Bars(todo, quiet) as bars:
         left = bars.left()
@@ -55,7 +61,7 @@ def compare(
             run_on_ray(left, bars)
         else:
             run_all(left, bars, workers)
-    return collect(recipes, todo, place, workers)
+    return collect(recipes, todo, place, workers, command)
 
 
 def check(recipes: Sequence[Recipe], seeds: int) -> None:
@@ -109,7 +115,9 @@ def _short(value: Any) -> str:
 
 
 # -- results -------------------------------------------------------------------------------------------------------
-def collect(recipes: Sequence[Recipe], todo: Sequence[Job], place: Path, workers: int = 1) -> Values:
+def collect(
+    recipes: Sequence[Recipe], todo: Sequence[Job], place: Path, workers: int = 1, command: str | None = None
+) -> Values:
     """Gather what the runs left, analyse it, and write results.json and report.html."""
     from plait.workbench.report import describe_methods, write_report
     from plait.workbench.writing import write_json
@@ -118,6 +126,8 @@ def collect(recipes: Sequence[Recipe], todo: Sequence[Job], place: Path, workers
     groups = regroup([(r.name, r.config(), str(r)) for r in recipes], runs)
     seeds = sorted({job.recipe.seed for job in todo})
     first = recipes[0]
+    found = analyse(groups, seeds)
+    found["warnings"] = [*changed(runs), *found["warnings"]]
     versions: Values = next((run["versions"] for run in runs if "versions" in run), {})
     tasks = {run["task"] for run in runs if "task" in run}
     notes = list(dict.fromkeys(note for run in runs for note in run.get("notes", [])))
@@ -135,11 +145,11 @@ def collect(recipes: Sequence[Recipe], todo: Sequence[Job], place: Path, workers
             **({"Notes": "; ".join(notes)} if notes else {}),
             "Versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
             "Machine": machine(workers),
-            "Command": "plait compare " + " ".join(f"{r.name}.yaml" for r in recipes) + f" --seeds {len(seeds)}",
+            "Command": command or f"compare([{', '.join(r.name for r in recipes)}], seeds={len(seeds)}) from Python",
         },
         "versions": versions,
         "methods": {r.name: describe_methods(r.config()) for r in recipes},
-        "analysis": analyse(groups, seeds),
+        "analysis": found,
         "runs": runs,
         "files": {"results": str(place / "results.json"), "report": str(place / "report.html")},
     }
@@ -163,6 +173,7 @@ def _data(recipe: Recipe, runs: Sequence[Values]) -> str:
         return recipe.data.source
     same = len({t["digest"] for t in tests}) == 1
     how = "the same split for all seeds" if same else "a split of its own for each seed, the same for all recipes"
+    how = "not the same for all runs" if changed(runs) else how
     return (
         f"{recipe.data.source}: {tests[0]['trained on']} examples to train on, {tests[0]['examples']} to test on; {how}"
     )

@@ -41,13 +41,24 @@ def export(
         raise BadInput(
             f"{what} holds a run that is not finished: finish it first, with the same `plait run ... --out {what}`."
         )
-    outcome = run_recipe(recipe, what if what.is_dir() else Path("runs") / recipe.name)
+    if what.is_dir() and recipe.train.steps != (held := Recipe.read(what / "recipe.yaml").train.steps):
+        raise BadInput(
+            f"{what} holds a run of {held} steps, not {recipe.train.steps}: let `plait run` train it further first."
+        )
+    outcome = run_recipe(recipe, what if what.is_dir() else Path("runs") / recipe.name, write=not what.is_dir())
+    stood = _files(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if rank is None:
         WRITERS[to](outcome.task, outcome.model, folder)
     else:
         tell(to_peft_of_rank(load(recipe).model, outcome.model, folder, rank))
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path, mark in _files(folder).items() if stood.get(path) != mark)
+
+
+def _files(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """Return the files in a folder, each with what changes when it is written."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (held.st_ino, held.st_size, held.st_mtime_ns) for path, held in found.items()}
 
 
 def to_transformers(task: Task, model: Any, folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from plait.errors import BadInput, Interrupted
 from plait.recipe import Recipe
 from plait.workbench.progress import Progress, stoppable
+from plait.workbench.sources import fingerprint, hold
 from plait.workbench.writing import write_json, write_text
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from plait.train import Run
     from plait.workbench.memory import Gauge
 
-FREE = ("save_every", "measure_every", "device", "nonfinite")
-"""Options of training that may change when a run goes on: they do not change the weights that it has."""
+FREE = ("steps", "save_every", "measure_every", "device", "nonfinite")
+"""Options of training that may change when a run goes on: they do not change the weights that it has, or, like the
+steps, are the checkpoint's to judge."""
+COSTS = ("measured", "seconds", "memory", "parameters")
+"""What a run that takes no step cannot measure."""
 
 
 @dataclass
@@ -68,8 +72,8 @@ def load(recipe: Recipe) -> Task:
     return load_task(recipe.task, recipe.model, data.pop("source"), seed=recipe.seed, **data)
 
 
-def prepare(recipe: Recipe, folder: Path) -> None:
-    """Take a folder for a recipe; refuse one that holds a run of another."""
+def prepare(recipe: Recipe, folder: Path, data: str | None = None) -> None:
+    """Take a folder for a recipe; refuse one that holds a run of another, or on data of another fingerprint."""
     held = folder / "recipe.yaml"
     if held.exists():
         mine, theirs = (_fixed(r.config()) for r in (recipe, Recipe.read(held)))
@@ -80,7 +84,18 @@ def prepare(recipe: Recipe, folder: Path) -> None:
                 f"{mine.get(odd[0])}): give another --out, or delete that one to start anew."
             )
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(held, f"{recipe}\n")
+    hold(recipe.data.source, data, folder)
+    if not held.exists():
+        write_text(held, f"{recipe}\n")
+
+
+def _take_over(recipe: Recipe, folder: Path | None, now: Now) -> None:
+    """Say in the folder what it holds from here on; the figures of fewer steps, if any, are not of it."""
+    if folder is None or int(os.environ.get("RANK", 0)) > 0:
+        return
+    write_text(folder / "recipe.yaml", f"{recipe}\n")
+    if now.step < now.steps:
+        (folder / "results.json").unlink(missing_ok=True)
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +109,11 @@ def run_recipe(
     *,
     quiet: bool = False,
     watch: Callable[[Now], None] | None = None,
+    write: bool = True,
 ) -> Outcome:
     """Train what a recipe says, measure it, and write results.json into `folder`; go on from a checkpoint found there.
 
-    watch: called after each step, beside the progress that is shown.
+    watch: called after each step, beside the progress that is shown. write: whether results.json is written.
 
     Raises Interrupted, after a checkpoint, when Ctrl-C was pressed.
     """
@@ -106,10 +122,11 @@ def run_recipe(
 
     folder = None if folder is None else Path(folder)
     laps = Laps()
+    data = fingerprint(recipe.data)
     task, methods = load(recipe), recipe.build()
     recipe.check(task.model)
     if folder is not None:
-        prepare(recipe, folder)
+        prepare(recipe, folder, data)
     whole = sum(p.numel() for p in task.model.parameters())
     laps.end("load")
     before = _before(task, folder)
@@ -125,15 +142,16 @@ def run_recipe(
     after, each = judged(task, methods, run.model, run.now)
     laps.end("evaluate after")
     results = _describe(recipe, task) | {
+        "data": data,
         "metrics": {"before": before, "after": after},
         "forgetting": _forgetting(before, after),
         "folded": folded_figures(task, run.model) if recipe.folded else None,
         "scores": each,
         **trained.figures(),
-        "seconds": {**laps.seconds, "start": gauge.start_seconds, "step": gauge.seconds_per_step},
-        "parameters": {"model": whole, "trained": trained.parameters},
+        **trained.costs(laps, whole),
+        **_kept_costs(folder, gauge),
     }
-    if folder is not None and int(os.environ.get("RANK", 0)) == 0:
+    if write and folder is not None and int(os.environ.get("RANK", 0)) == 0:
         write_json(folder / "results.json", results)
     return Outcome(task, run, results)
 
@@ -168,8 +186,32 @@ class Trained:
             "curve": self.curve.points,
             "measures": self.run.measures,
             "skipped": self.run.skipped,
-            "memory": self.gauge.memory.as_dict(),
         }
+
+    def costs(self, laps: Laps, whole: int) -> dict[str, Any]:
+        """Return the time and memory of the steps that were seen, and which these are; whole: the model's parameters.
+
+        A run that goes on from a checkpoint has not seen the steps before it.
+        """
+        end, seen = self.run.now.step, len(self.gauge.seconds)
+        some = f"steps {end - seen} to {end - 1}, after a checkpoint" if seen else "no step: the run had taken them all"
+        return {
+            "measured": f"seconds and memory are of {f'all {end} steps' if seen == end else some}",
+            "seconds": {**laps.seconds, "start": self.gauge.start_seconds, "step": self.gauge.seconds_per_step},
+            "memory": self.gauge.memory.as_dict(),
+            "parameters": {"model": whole, "trained": self.parameters},
+        }
+
+
+def _kept_costs(folder: Path | None, gauge: Gauge) -> dict[str, Any]:
+    """Return what a finished run had cost, where none of its steps was taken again."""
+    if folder is None or gauge.seconds:
+        return {}
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: found[name] for name in COSTS if name in found}
 
 
 def _describe(recipe: Recipe, task: Task) -> dict[str, Any]:
@@ -217,10 +259,14 @@ def _train(
                 watch(now)
             return stop.asked
 
+        def on_start(now: Now) -> None:
+            gauge.on_start(now)
+            _take_over(recipe, folder, now)
+
         options: dict[str, Any] = asdict(recipe.train)
         options["save_every"] = options["save_every"] or max(recipe.train.steps // 10, 1)
         options |= {"call": gauge.call(task.call), "validation": task.validation, "folder": folder}
-        options |= {"seed": recipe.seed, "on_start": gauge.on_start, "on_step": on_step}
+        options |= {"seed": recipe.seed, "on_start": on_start, "on_step": on_step}
         run = plait.train(task.model, gauge.data(task.train), task.loss, methods, **options)
     return Trained(run, gauge, curve, counted[0] if counted else None)
 

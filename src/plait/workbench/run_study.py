@@ -30,7 +30,13 @@ Values = dict[str, Any]
 
 
 def run_study(
-    study: Study, out: str | Path | None = None, *, engine: str = "local", workers: int = 1, quiet: bool = False
+    study: Study,
+    out: str | Path | None = None,
+    *,
+    engine: str = "local",
+    workers: int = 1,
+    quiet: bool = False,
+    command: str | None = None,
 ) -> Values:
     """Run what is not yet done of a study, and return all its results, which also lie in OUT/study.json.
 
@@ -61,6 +67,7 @@ def run_study(
             engine=engine,
             workers=workers,
             quiet=quiet,
+            command=command,
         )
         tables[f"{track}, {task}"] = _table(results, given)
         write_json(place / "study.json", _whole(study, found, tables, workers))
