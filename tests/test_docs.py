@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+from plait.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -15,14 +18,14 @@ BLOCKS = [
     for page in PAGES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
 ]
-COMMANDS = sorted(
-    {
-        line
-        for page in PAGES
-        for line in re.findall(r"^\$ (plait .*)$", page.read_text(), re.M)
-        if "torchrun" not in line
-    }
-)
+IN_BLOCKS = [
+    line
+    for page in PAGES
+    for block in re.findall(r"```(?:bash|console)\n(.*?)```", page.read_text(), re.S)
+    for line in re.findall(r"^(?:\$ )?(plait .*)$", block, re.M)
+]
+IN_SENTENCES = [line for page in PAGES for line in re.findall(r"(?<!`)`(plait [a-z][^`\n]*)`", page.read_text())]
+COMMANDS = sorted({*IN_BLOCKS, *IN_SENTENCES})
 SMALL = ["--set", "train.steps=2", "--set", "data.rows=90"]
 
 
@@ -48,9 +51,22 @@ def test_commands_run_in_the_order_of_the_page(page: str, tmp_path: Path) -> Non
         assert done.returncode == 0, f"{command}\n{done.stdout[-800:]}{done.stderr[-2000:]}"
 
 
-def test_every_command_named_anywhere_exists() -> None:
-    known = {"run", "compare", "plan", "list", "show", "verify", "export"}
-    assert {shlex.split(command)[1] for command in COMMANDS} <= known
+def faults(command: str) -> list[str]:
+    """What of a command the program does not know: its name, its options, the files of this repository."""
+    _, name, *words = shlex.split(command)
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    if name not in known:
+        return [name]
+    options = {"--help", *(option for p in known[name].params for option in p.opts if option.startswith("-"))}
+    odd = [word for word in words if word.startswith("-") and word.partition("=")[0] not in options]
+    return odd + [word for word in words if word.startswith(("examples/", "studies/")) and not [*ROOT.glob(word)]]
+
+
+def test_every_command_named_anywhere_exists_and_takes_its_options() -> None:
+    assert "plait compare examples/tweets/*.yaml --seeds 5" in COMMANDS
+    assert {command: odd for command in COMMANDS if (odd := faults(command))} == {}
+    assert faults("plait comprae a.yaml") == ["comprae"]
+    assert faults("plait run examples/nope.yaml --steps 3") == ["--steps", "examples/nope.yaml"]
 
 
 def test_every_key_named_in_how_to_choose_is_in_the_catalogue() -> None:
