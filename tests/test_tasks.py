@@ -268,6 +268,38 @@ def test_a_table_is_standardized_by_its_training_rows(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "preprocessing.json").read_text())["words"] == {"kind": ["new", "old"]}
 
 
+@pytest.mark.parametrize("gap", ["NA", "N/A", "nan", "null", "None", "?", " "])
+def test_a_word_for_a_gap_leaves_a_column_of_numbers_one(gap: str, tmp_path: Path) -> None:
+    def loaded(cell: str) -> Task:
+        rows = [f"{cell if i in (3, 30) else i % 9},{'NA' if i % 2 else 'old'},{i}" for i in range(60)]
+        (tmp_path / "a.csv").write_text("\n".join(["size,kind,label", *rows]))
+        return load_task("regression", "mlp", tmp_path / "a.csv")
+
+    empty, written = loaded(""), loaded(gap)
+    assert empty.notes == ()
+    for part in ("train", "validation", "test"):
+        every = torch.arange(len(getattr(empty, part)))
+        assert torch.equal(getattr(written, part).batch(every).inputs, getattr(empty, part).batch(every).inputs)
+    if gap != "nan":  # which pandas reads as a gap by itself
+        says = f"the column 'size' of {tmp_path}/a.csv holds numbers and '{gap.strip()}', which is read as a gap"
+        assert written.notes == (says,)
+
+
+def test_a_column_with_one_word_more_stays_one_of_words_and_a_label_without_a_value_is_refused() -> None:
+    rows = [{"size": "NA" if i == 3 else "large" if i == 4 else i % 3, "label": i} for i in range(60)]
+    task = load_task("regression", "mlp", {"train": rows, "validation": rows, "test": rows})
+    assert task.train.batch(torch.arange(1)).inputs.shape == (1, 5)
+    assert task.notes == ()
+    with pytest.raises(BadInput, match=r"the column 'label' of .* must hold numbers"):
+        load_task("regression", "mlp", [{"size": i, "label": "NA" if i == 3 else i} for i in range(60)])
+
+
+def test_a_word_for_a_gap_may_stand_in_the_test_set_alone() -> None:
+    rows = [{"size": i, "label": i} for i in range(40)]
+    task = load_task("regression", "mlp", rows, test=[{"size": "NA", "label": 1}, *rows])
+    assert task.test.batch(torch.arange(1)).inputs.tolist() == [[pytest.approx(0.0, abs=1e-6)]]
+
+
 class Looks(nn.Module):
     """Returns the same values for whatever it is given."""
 

@@ -35,6 +35,45 @@ def flattened(table: Table) -> Table:
     return made
 
 
+GAPS = ("", "na", "n/a", "nan", "null", "none", "?")
+"""How people write that a cell of a column of numbers has no value, in small letters."""
+
+
+def with_gaps(parts: dict[str, Table], names: list[str]) -> tuple[dict[str, Table], list[str]]:
+    """Return the tables with the words of GAPS as gaps in columns that hold numbers beside them, and notes that say so.
+
+    A column that holds another word in any part stays as it is.
+    """
+    made, notes = dict(parts), []
+    for name in names:
+        columns = {part: table[name] for part, table in parts.items() if name in table.columns}
+        if "train" not in columns or all(column.dtype.kind in "iufb" for column in columns.values()):
+            continue
+        read_as = {part: _as_numbers(column) for part, column in columns.items()}
+        written = sorted(set().union(*(words for _, words, _ in read_as.values())))
+        if not written or not all(whole for _, _, whole in read_as.values()) or not read_as["train"][0].notna().any():
+            continue
+        for part, (numbers, _, _) in read_as.items():
+            made[part] = made[part].assign(**{name: numbers})
+        source = parts["train"].attrs["source"]
+        quoted = " and ".join(f"'{word}'" for word in written)
+        notes.append(f"the column '{name}' of {source} holds numbers and {quoted}, which is read as a gap")
+    return made, notes
+
+
+def _as_numbers(column: Any) -> tuple[Any, set[str], bool]:
+    """Return (a column as numbers, the words for a gap that it holds, whether it holds nothing else)."""
+    import pandas as pd
+
+    values, held = column.tolist(), (str, float, int, np.number)
+    words = [value.strip() if isinstance(value, str) else None for value in values]
+    gaps = np.array([word is not None and word.casefold() in GAPS for word in words])
+    plain = [None if gap or not isinstance(value, held) else value for gap, value in zip(gaps, values, strict=True)]
+    numbers = pd.to_numeric(pd.Series(plain, index=column.index, dtype=object), errors="coerce").astype("float64")
+    found = {str(word) for gap, word in zip(gaps, words, strict=True) if gap}
+    return numbers, found, bool((numbers.notna() | gaps | column.isna()).all())
+
+
 class Encoder:
     """Turns columns into numbers: numeric ones standardized (gaps take the mean), the others one-hot."""
 
@@ -129,7 +168,8 @@ def build(options: Options) -> Task:
     names = list(options.features) if options.features else [str(c) for c in train.columns if c != options.label]
     if options.label in names:
         raise BadInput(f"features names the label '{options.label}', which would be told to the model: leave it out.")
-    encoder = Encoder(train, names)
+    parts, notes = with_gaps(parts, names)
+    encoder = Encoder(parts["train"], names)
     sets = {part: Pairs(encoder(table), targets[part]) for part, table in parts.items()}
     kept |= encoder.describe()
 
@@ -151,6 +191,7 @@ def build(options: Options) -> Task:
         better="higher" if classify else "lower",
         save=save,
         classes=tuple(classes),
+        notes=tuple(notes),
     )
 
 
