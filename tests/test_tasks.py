@@ -22,6 +22,7 @@ from plait.errors import BadInput
 from plait.models import byte_tokenizer, cnn, llama_tiny
 from plait.parametrize.freeze import fresh
 from plait.tasks import Task, forgetting, load_task
+from plait.tasks.images import opened
 from plait.tasks.sets import Texts
 
 TWEETS: dict[str, Any] = {
@@ -235,6 +236,56 @@ def test_images_of_a_folder_are_standardized_and_learnt(tmp_path: Path) -> None:
     assert task.save is not None
     task.save(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "preprocessing.json").read_text())["classes"] == ["x", "y"]
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("a.png", Image.fromarray(np.rint(RAMP * 65535).astype("uint16"))),
+        ("a.tif", Image.fromarray(np.rint(RAMP * 65535).astype(">u2"))),
+        ("a.tif", Image.fromarray(np.rint(RAMP * 65535).astype("int32"))),
+        ("a.tif", Image.fromarray(RAMP.astype("float32"))),
+    ],
+    ids=["16 bits", "16 bits, big end first", "32 bits", "real"],
+)
+def test_images_of_more_than_bytes_are_scaled_by_their_range(name: str, image: Image.Image, tmp_path: Path) -> None:
+    image.save(tmp_path / name)
+    with Image.open(tmp_path / name) as read:
+        assert read.mode not in ("L", "RGB")
+    for value in (image, str(tmp_path / name)):
+        assert np.abs(np.asarray(opened(value, "it")) - 255 * RAMP).max() <= 0.51
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", "uint16", "int32", "int64", "uint8"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_of_every_kind_are_scaled_by_their_range(kind: str, channels: int) -> None:
+    top = 1 if "float" in kind else 65535 if kind == "uint16" else 255
+    values = np.repeat(RAMP[:, :, None], 3, axis=2) if channels == 3 else RAMP
+    given = (values * top if top == 1 else np.rint(values * top)).astype(kind)
+    rows = [{"image": given, "label": i % 2} for i in range(20)]
+    task = load_task("image-classification", "cnn", rows)
+    assert task.train.pixels.shape[1:] == (channels, 8, 8)  # type: ignore[attr-defined]
+    seen = task.train.pixels[0].movedim(0, -1).squeeze(-1).numpy()  # type: ignore[attr-defined]
+    assert np.abs(seen - 255 * values).max() <= 0.51 + 255 * 2**-11 * (kind == "float16")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (np.full((4, 4), 7.5), "has values from 7.5 to 7.5, outside 0 to 1: give bytes"),
+        (np.full((4, 4), np.nan), "has values from nan to nan, outside 0 to 1: give bytes"),
+        (np.full((4, 4), -1), "has values from -1 to -1, outside 0 to 255: give bytes"),
+        (Image.fromarray(np.full((4, 4), 70000, dtype="int32")), "from 70000 to 70000, outside 0 to 65535: give bytes"),
+        (Image.fromarray(np.full((4, 4), -0.5, dtype="float32")), "from -0.5 to -0.5, outside 0 to 1: give bytes"),
+    ],
+)
+def test_images_with_values_outside_their_range_are_refused(value: Any, says: str) -> None:
+    with pytest.raises(BadInput, match=r"^the image in row \d+ of the list of examples has values from") as caught:
+        load_task("image-classification", "cnn", [{"image": value, "label": i % 2} for i in range(20)])
+    assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("model", ["mlp", "vit"])

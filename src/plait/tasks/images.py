@@ -21,13 +21,42 @@ from plait.tasks.reading import Table, column, rows_of
 from plait.tasks.sets import Images
 
 SCRATCH = ("mlp", "cnn", "vit")
-GREY = ("1", "L", "LA", "I", "F", "I;16")
+GREY = ("1", "L", "LA")
 MOST = 4 * 2**30
 """How many bytes of decoded images are held, at most."""
 
 
+def as_bytes(values: Any, top: float, where: str) -> Any:
+    """Return an array of values from 0 to `top` as one of bytes; BadInput for values that lie outside."""
+    import numpy as np
+
+    low, high = values.min(), values.max()
+    rounding = 1e-4 * (values.dtype.kind == "f")
+    if not (low >= -rounding and high <= top + rounding):  # also where one is no number
+        raise BadInput(
+            f"{where} has values from {low:g} to {high:g}, outside 0 to {top:g}: give bytes, whole numbers of 16 bits, "
+            f"or real numbers in [0, 1]."
+        )
+    return np.rint(values * (255 / top)).astype("uint8")
+
+
+def from_array(value: Any, where: str) -> Any:
+    """Return an array as a PIL image: real numbers in [0, 1], 16 bits without a sign, or other whole numbers to 255."""
+    import numpy as np
+    from PIL import Image
+
+    array = np.asarray(value)
+    if array.size and array.dtype.kind in "iuf" and array.dtype != "uint8":
+        top = 1 if array.dtype.kind == "f" else 65535 if array.dtype == "uint16" else 255
+        array = as_bytes(array, top, where)
+    return Image.fromarray(array)
+
+
 def opened(value: Any, where: str) -> Any:
-    """Return a decoded PIL image from a path, bytes, an array or a PIL image; BadInput names the one that is broken."""
+    """Return a decoded PIL image of bytes from a path, bytes, an array or a PIL image; BadInput names a broken one.
+
+    An image of 16 or 32 bits a pixel (its values up to 65535) or of real numbers (up to 1) is scaled by that range.
+    """
     import numpy as np
     from PIL import Image
 
@@ -40,11 +69,15 @@ def opened(value: Any, where: str) -> Any:
             where = str(value)
             value = Image.open(value)
         elif not isinstance(value, Image.Image):
-            value = Image.fromarray(np.asarray(value))
+            value = from_array(value, where)
         value.load()
+    except BadInput:
+        raise
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as problem:
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise BadInput(f"{where} is not an image that can be read ({reason}): replace it, or remove it.") from None
+    if value.mode[0] in "IF":  # I, I;16 and its kin, F
+        return Image.fromarray(as_bytes(np.asarray(value), 1 if value.mode == "F" else 65535, where))
     return value
 
 
