@@ -149,6 +149,51 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         train(net(), data(), steps=1, methods=[ModelSoup(members=("nowhere",), kind="uniform")])
 
 
+class Tied(nn.Module):
+    """A head that shares its weight with the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.last.weight = self.first.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Both layers."""
+        return self.last(self.first(inputs[:, :3]))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("made", [net, Tied])
+def test_a_member_may_be_the_folder_of_a_run(made: type[nn.Module], frozen: bool, tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        given = made()
+        next(given.parameters()).requires_grad_(not frozen)
+        return given
+
+    member = train(model(), data(1), steps=11, seed=1, folder=tmp_path / "a", save_every=2).model
+    plain = train(model(), data(), steps=3).model
+    for folder in (tmp_path / "a", tmp_path / "a" / "step-11"):
+        mixed = train(model(), data(), steps=3, methods=[ModelSoup(kind="uniform", members=(str(folder),))]).model
+        for name, tensor in mixed.state_dict().items():
+            torch.testing.assert_close(tensor, (plain.state_dict()[name] + member.state_dict()[name]) / 2)
+
+
+def test_members_that_are_not_there_are_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_tensors(tmp_path / "m.safetensors", net(1).state_dict())
+    here, steps = str(tmp_path / "m.safetensors"), []
+    for method, says in (
+        (ModelSoup(members=("nowhere",)), "there is no file nowhere"),
+        (ModelSoup(members=(here, str(tmp_path / "empty"))), "empty holds no safetensors file: name a model's file"),
+        (FisherMerge(members=("nowhere",)), "there is no file nowhere"),
+        (FisherMerge(members=(here,), fishers=("nowhere",)), "there is no file nowhere"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            train(net(), data(), steps=1, methods=[method], on_start=steps.append)
+    assert steps == []
+
+
 def two_of_four_by_hand(row: list[float]) -> list[float]:
     """Zero the two smallest of every four."""
     kept: list[float] = []

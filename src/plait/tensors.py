@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -46,14 +47,38 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path} is truncated or damaged ({problem}).") from None
 
 
-def read_state(path: str | Path) -> State:
-    """Read the weights of a model: a safetensors file, or a folder of one (transformers' or a run's)."""
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights of a checkpoint `step-N`: the trained ones, and the frozen beside it."""
+    try:
+        frozen = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("frozen")
+    except (OSError, ValueError, AttributeError) as problem:
+        raise BadInput(f"{folder / 'state.json'} is truncated or damaged ({problem}).") from None
+    return [folder / "model.safetensors", *([folder.parent / frozen] if frozen else [])]
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """Return the safetensors files of a model's weights: the file itself, or those of a folder that holds a model.
+
+    The folder is one of transformers or of a run, of which the newest checkpoint is taken, as training left it. Raises
+    BadInput where there is none.
+    """
     path = Path(path)
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors")) or sorted(path.glob("model/*.safetensors"))
-        if not found:
-            raise BadInput(f"{path} holds no safetensors file: name a model's file or the folder that holds it.")
-        return {name: t for file in found for name, t in read_tensors(file).items()}
     if not path.exists():
         raise BadInput(f"there is no file {path}: name a safetensors file or the folder that holds one.")
-    return read_tensors(path)
+    if not path.is_dir():
+        return [path]
+    if (path / "state.json").exists():
+        return checkpoint_files(path)
+    if found := sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("frozen-")):
+        return found
+    steps = {int(f.parent.name[5:]): f.parent for f in path.glob("step-*/state.json") if f.parent.name[5:].isdigit()}
+    if steps:
+        return checkpoint_files(steps[max(steps)])
+    if found := sorted(path.glob("model/*.safetensors")):
+        return found
+    raise BadInput(f"{path} holds no safetensors file: name a model's file or the folder that holds it.")
+
+
+def read_state(path: str | Path) -> State:
+    """Read the weights of a model: a safetensors file, or a folder of one (transformers' or a run's)."""
+    return {name: t for file in files_of(path) for name, t in read_tensors(file).items()}

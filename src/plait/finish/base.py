@@ -12,8 +12,13 @@ from plait.tensors import State
 
 
 def matching(model: nn.Module, state: State, source: str) -> State:
-    """Return the entries of `state` for the model's own weights; refuse one that is missing or of another shape."""
-    own = model.state_dict()
+    """Return the entries of `state` for the model's own weights; refuse one that is missing or of another shape.
+
+    Of a weight that the model has under several names `state` may hold one, as files do.
+    """
+    own = model.state_dict(keep_vars=True)
+    held = {id(tensor): state[name] for name, tensor in own.items() if name in state}
+    state = {name: held[id(tensor)] for name, tensor in own.items() if id(tensor) in held}
     for name, tensor in own.items():
         if name not in state:
             raise BadInput(f"{source} lacks '{name}': only models of the same architecture can be merged.")

@@ -11,7 +11,7 @@ from plait.errors import BadInput
 from plait.fields import Count, NonNegative
 from plait.finish.base import matching, weighted
 from plait.method import Method, Now, method
-from plait.tensors import State, read_state
+from plait.tensors import State, files_of, read_state
 
 
 def fisher_diagonal(model: nn.Module, batches: list[Batch], now: Now | None = None) -> State:
@@ -86,12 +86,14 @@ def fisher_merge(states: list[State], fishers: list[State], shares: list[float] 
 class FisherMerge(Method):
     """theta_j = sum_i share_i F_ij theta_ij / sum_i share_i F_ij, F_i the diagonal Fisher information of model i.
 
-    This run's model is merged with those of `members` (safetensors files or folders of the same architecture). Its own
-    Fisher information comes from `batches` batches of the training data. A member's is read from `fishers`, files that
-    `write_tensors(path, fisher_diagonal(model, batches))` wrote on the member's own data; without them it is taken on
-    this run's data too. share: the weight of each member, 1 for this run's model.
+    This run's model is merged with those of `members` (safetensors files, or folders of models or runs, of the same
+    architecture; of a run the newest checkpoint is taken). Its own Fisher information comes from `batches` batches of
+    the training data. A member's is read from `fishers`, files that `write_tensors(path, fisher_diagonal(model,
+    batches))` wrote on the member's own data; without them it is taken on this run's data too. share: the weight of
+    each member, 1 for this run's model.
 
-    Raises BadInput if there are no members, as many fishers as members are not given, or an architecture differs.
+    Raises BadInput if there are no members, as many fishers as members are not given, one of either is not there, or an
+    architecture differs.
 
     >>> FisherMerge(members=("runs/a",), share=0.5)
     FisherMerge(members=('runs/a',), share=0.5)
@@ -103,7 +105,7 @@ class FisherMerge(Method):
     batches: Count = 4
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
-        """Refuse a merge with nothing."""
+        """Refuse a merge with nothing, and files that are not there."""
         if not self.members:
             raise BadInput("FisherMerge has no members: name the other models' files in members.")
         if self.fishers and len(self.fishers) != len(self.members):
@@ -111,6 +113,8 @@ class FisherMerge(Method):
                 f"FisherMerge has {len(self.members)} members and {len(self.fishers)} fishers: give one file for each "
                 "member, or none."
             )
+        for path in self.members + self.fishers:
+            files_of(path)
 
     def finish(self, model: nn.Module, now: Now) -> nn.Module:
         """Return the model with the merged weights."""

@@ -15,7 +15,7 @@ from plait.errors import BadInput
 from plait.fields import Count, Positive
 from plait.finish.base import matching, weighted
 from plait.method import Method, Now, method
-from plait.tensors import State, read_state
+from plait.tensors import State, files_of, read_state
 
 
 def uniform_soup(states: list[State]) -> State:
@@ -72,10 +72,11 @@ class ModelSoup(Method):
     """theta = sum over the soup of theta_i / k: this run's model and those of `members`, averaged.
 
     kind: "uniform" takes all; "greedy" adds from the best to the worst while the validation loss does not rise;
-    "learned" trains the shares on the validation loss, `steps` steps at `lr`. members: safetensors files or folders of
-    models of the same architecture, usually fine-tuned from the same pretrained model with other hyperparameters.
+    "learned" trains the shares on the validation loss, `steps` steps at `lr`. members: safetensors files, or folders of
+    models or runs (whose newest checkpoint is taken), of the same architecture, usually fine-tuned from the same
+    pretrained model with other hyperparameters.
 
-    Raises BadInput if there are no members, or one has another architecture.
+    Raises BadInput if there are no members, if one is not there, or has another architecture.
 
     >>> ModelSoup(members=("runs/a", "runs/b"))
     ModelSoup(members=('runs/a', 'runs/b'))
@@ -87,9 +88,11 @@ class ModelSoup(Method):
     lr: Positive = 0.1
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
-        """Refuse a soup of one."""
+        """Refuse a soup of one, and members that are not there."""
         if not self.members:
             raise BadInput("ModelSoup has no members: name the other models' files in members.")
+        for path in self.members:
+            files_of(path)
 
     def finish(self, model: nn.Module, now: Now) -> nn.Module:
         """Return the model with the soup's weights."""
