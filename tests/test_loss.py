@@ -290,6 +290,23 @@ def test_ps_kd_definition_and_authors_values():
         previous = torch.softmax(z[epoch], -1)
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("method", [ELR(), PSKD(), LabelSmoothing(), *tsla(), MaxSup(), ZLoss()])
+def test_losses_of_classes_are_refused_at_the_first_step_of_a_regression(method, outputs):
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for target in (x[:, :outputs], x[:, 0] if outputs == 1 else x[:, :outputs]):
+        with pytest.raises(BadInput) as caught:
+            train(nn.Linear(4, outputs), (x, target), methods=[method], steps=2, on_step=steps.append)
+        assert str(caught.value) == (
+            f"{type(method).__name__} needs logits of classes, [n, classes] or [n, tokens, classes]: drop it for this "
+            "task."
+        )
+    with pytest.raises(BadInput, match="needs logits of classes"):  # outputs [n] in one's own loop
+        method(x[:, 0], x[:, 1], Now(batch=Batch.of(x, x[:, 1])))
+    assert steps == []
+
+
 def test_memories_need_to_know_the_examples():
     z, target = author_case()
     for method in (ELR(), PSKD()):

@@ -56,6 +56,19 @@ class Loss(Method):
         return self.loss(cross_entropy)(output, target, now or Now())
 
 
+def require_logits(method: Method, output: Any, target: Tensor, misfit: Misfit | None = None) -> None:
+    """Raise BadInput where a loss of classes meets a regression (as its outputs or its misfit tell), or no logits."""
+    shape = getattr(output, "shape", ())
+    unfit = not len(shape) or shape[-1] < 2 or misfit is squared_error
+    if target.is_floating_point():  # one row of probabilities for each of logits
+        unfit = unfit or len(shape) < 2 or target.shape != shape
+    if unfit:
+        raise BadInput(
+            f"{type(method).__name__} needs logits of classes, [n, classes] or [n, tokens, classes]: drop it for this "
+            f"task."
+        )
+
+
 @method
 class AddedTerm(Loss):
     """A loss that adds a term per example to the misfit that it wraps."""
@@ -68,6 +81,7 @@ class AddedTerm(Loss):
         """Return misfit + term."""
 
         def summed(output: Any, target: Tensor, now: Now) -> Tensor:
+            require_logits(self, output, target, misfit)
             added = self.term(output, target, now)
             if not target.is_floating_point():
                 added = torch.where(target == IGNORE, torch.zeros_like(added), added)

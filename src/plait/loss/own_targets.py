@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from plait.batch import IGNORE
 from plait.catalogue import paper
 from plait.fields import NonNegative, Probability, ScheduledFraction
-from plait.loss.base import AddedTerm, Loss, own_predictions, remembered
+from plait.loss.base import AddedTerm, Loss, own_predictions, remembered, require_logits
 from plait.method import Misfit, Now, method
 from plait.schedule import Linear
 
@@ -82,6 +82,7 @@ class PSKD(Loss):
         """Return the misfit to softened targets."""
 
         def softened(output: Any, target: Tensor, now: Now) -> Tensor:
+            require_logits(self, output, target, misfit)
             p, index = own_predictions(self, output, target, now)
             p = p.detach()
             memory = now.of(self)
