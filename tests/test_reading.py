@@ -194,6 +194,28 @@ def test_classes_are_in_order_and_equal_numbers_are_one_class() -> None:
         classes_of([0.5, 1.5], {}, "it")
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([1, True, 0], ["0", "1", "True"]),
+        ([True, 1, 0], ["0", "1", "True"]),
+        ([1, "1", 0], ["0", "1"]),
+        ([2.0, 2, "2", "b"], ["2", "b"]),
+        ([False, True], ["False", "True"]),
+        ([10, 9, -1], ["-1", "9", "10"]),
+    ],
+)
+def test_the_text_of_a_label_is_its_class(labels: list[Any], classes: list[str], tmp_path: Path) -> None:
+    names, coded = classes_of(labels, {"test": labels[::-1]}, "it")
+    assert names == classes
+    said = ["2" if label == 2.0 else str(label) for label in labels]
+    assert [names[number] for number in coded["train"]] == said
+    assert coded["test"] == coded["train"][::-1]
+    rows = [{"x": i, "label": labels[i % len(labels)]} for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_task("classification", "mlp", tmp_path / "a.jsonl").classes == tuple(classes)
+
+
 def test_packaged_sets_hold_what_they_say() -> None:
     sizes = {"tweets": 37243, "kjv": 1189, "mnist": 5000, "digits": 1797, "wine": 178, "breast-cancer": 569}
     for name, size in sizes.items():

@@ -34,7 +34,7 @@ def halves(count: int, taken: int, groups: np.ndarray[Any, Any] | None, seed: in
 
 
 def _classes(table: Table, label: str | None) -> np.ndarray[Any, Any] | None:
-    return None if label is None else np.asarray([str(value) for value in column(table, label, "label")])
+    return None if label is None else np.asarray([_name(value) for value in column(table, label, "label")])
 
 
 def limit(table: Table, rows: int | None, label: str | None, seed: int) -> Table:
@@ -110,6 +110,11 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _name(value: Any) -> str:
+    """Return the class that a label names: its text, so that 1 and "1" are one class, and True is another."""
+    return str(_plain(value))
+
+
 def classes_of(train: list[Any], others: dict[str, list[Any]], source: str) -> tuple[list[str], dict[str, list[int]]]:
     """Return the classes of the training labels in order (numbers by size), and every set's labels as class numbers.
 
@@ -118,21 +123,22 @@ def classes_of(train: list[Any], others: dict[str, list[Any]], source: str) -> t
     odd = next((value for value in sum(others.values(), train) if isinstance(value, list | dict)), None)
     if odd is not None:
         raise BadInput(f"{source} has the label {odd!r}: a label is one text or number.")
-    values = {_plain(value) for value in train}
+    values = [_plain(value) for value in train]
     numbers = all(isinstance(value, int | float) for value in values)
-    names = [str(value) for value in sorted(values, key=float if numbers else str)]
+    size = {str(value): float(value) if numbers else 0.0 for value in values}
+    names = sorted(size, key=lambda name: (size[name], name))
     if numbers and any(isinstance(value, float) for value in values):
         raise BadInput(f"{source} has labels that are not whole numbers: use the task regression.")
     if len(names) < 2:
         raise BadInput(f"{source} has only the class '{names[0]}': a classifier needs two or more.")
     place = {name: i for i, name in enumerate(names)}
-    coded: dict[str, list[int]] = {"train": [place[str(_plain(value))] for value in train]}
+    coded: dict[str, list[int]] = {"train": [place[_name(value)] for value in train]}
     for part, labels in others.items():
-        unseen = [value for value in labels if str(_plain(value)) not in place]
+        unseen = [value for value in labels if _name(value) not in place]
         if unseen:
             raise BadInput(
                 f"the {part} set has the label '{unseen[0]}', which the training set never shows: add such rows to "
                 f"training, or remove them."
             )
-        coded[part] = [place[str(_plain(value))] for value in labels]
+        coded[part] = [place[_name(value)] for value in labels]
     return names, coded
