@@ -65,6 +65,20 @@ def test_a_folder_of_texts_or_of_splits(tmp_path: Path) -> None:
     assert {part: len(table) for part, table in read(tmp_path / "splits").items()} == {"train": 20, "test": 4}
 
 
+def test_a_text_beside_the_folders_of_classes_is_no_reason_to_forget_the_classes(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[i % 2] / f"{i}.txt").write_text(f"text {i} " * 9)
+    assert load_task(None, "llama-tiny", tmp_path).name == "text-classification"
+    (tmp_path / "README.txt").write_text("read me")
+    says = f"{tmp_path}/README.txt lies in no folder of a class: put each text in a folder named after its class"
+    for task, cure in ((None, ", or give the task, such as causal-language-modelling."), ("text-classification", ".")):
+        with pytest.raises(BadInput) as caught:
+            load_task(task, "llama-tiny", tmp_path)
+        assert str(caught.value) == says + cure
+    assert load_task("causal-language-modelling", "llama-tiny", tmp_path, length=32).classes == ()
+
+
 def test_words_that_look_like_gaps_are_words(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\nnull,NA\nNone,yes\n")
     assert column(read(tmp_path / "a.csv")["all"], "text", "text") == ["null", "None"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from plait.errors import BadInput
 from plait.tasks.packaged import SETS
-from plait.tasks.reading import read, require_column
+from plait.tasks.reading import read, refuse_stray, require_column
 
 
 def guess(model: Any, data: Any, text: str, label: str) -> str:
@@ -25,6 +25,8 @@ def guess(model: Any, data: Any, text: str, label: str) -> str:
         return "image-classification"
     if text in columns and label in columns and not str(model).startswith("smollm2"):
         return "text-classification"
+    if not str(model).startswith("smollm2"):
+        refuse_stray(table, "text", ", or give the task, such as causal-language-modelling")
     if {"prompt", "response"} <= columns or "messages" in columns or text in columns:
         return "causal-language-modelling"
     if label in columns:

@@ -228,15 +228,28 @@ def _folder_table(root: Path, files: list[Path], name: str, values: list[str]) -
     classes = [f.parent.relative_to(root).parts[:1] for f in files]
     if all(classes):
         columns["label"] = [c[0] for c in classes]
-    elif any(classes) and name == "image":
-        stray = files[[bool(c) for c in classes].index(False)]
-        raise BadInput(f"{stray} lies in no folder of a class: put each image in a folder named after its class.")
-    return _named(pd.DataFrame(columns), str(root))
+    table = _named(pd.DataFrame(columns), str(root))
+    if any(classes) and not all(classes):
+        table.attrs["stray"] = str(files[[bool(c) for c in classes].index(False)])
+        if name == "image":
+            refuse_stray(table, "image")
+    return table
+
+
+def refuse_stray(table: Table, what: str, cure: str = "") -> None:
+    """Raise BadInput for a table of a folder in which a file lies beside the folders of classes."""
+    if "stray" in table.attrs:
+        raise BadInput(
+            f"{table.attrs['stray']} lies in no folder of a class: put each {what} in a folder named after its class"
+            f"{cure}."
+        )
 
 
 def require_column(table: Table, name: str, option: str) -> None:
-    """Raise BadInput for a column that is not there, with the nearest one that is."""
+    """Raise BadInput for a column that is not there, with the nearest one that is, or what kept it from being there."""
     if name not in table.columns:
+        if option == "label":
+            refuse_stray(table, "text")
         near = did_you_mean(name, [str(c) for c in table.columns])
         source = table.attrs.get("source", "the data")
         raise BadInput(f"{source} has no column '{name}'{near}: name the one to use with {option}=.")
