@@ -32,6 +32,7 @@ TWEETS: dict[str, Any] = {
     "rows": 60,
     "length": 40,
 }
+PAIRED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 PAIRS = [{"prompt": f"say {i}", "response": f"number {i}"} for i in range(20)]
 
 
@@ -432,6 +433,10 @@ def test_a_row_is_named_by_its_place_in_the_whole_file(tmp_path: Path) -> None:
          "has the label ['a']: a label is one text or number."),
         ("m.jsonl", [json.dumps({"messages": "hi"}) for _ in range(30)], "causal-language-modelling", {},
          "has the messages 'hi' in row "),
+        ("e.jsonl", [json.dumps({"messages": PAIRED if i != 20 else []}) for i in range(30)],
+         "causal-language-modelling", {}, "has the messages '[]' in row 21: give a list of one {role, content}"),
+        ("s.jsonl", [json.dumps({"messages": PAIRED if i != 20 else PAIRED[1:]}) for i in range(30)],
+         "causal-language-modelling", {}, "s.jsonl begins with the assistant: put before it what it answers to"),
         ("f.csv", ["x,label", *(f"{i},{'ab'[i % 2]}" for i in range(30))], "classification", {"features": ["x", "x"]},
          "features has 'x' 2 times: name each column once."),
     ],

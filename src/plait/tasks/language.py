@@ -196,10 +196,10 @@ def conversations(table: Table, options: Options) -> list[list[dict[str, str]]]:
         held = column(table, "messages", "messages")
         for row, messages in zip(rows_of(table), held, strict=True):
             several = isinstance(messages, Sequence) or hasattr(messages, "tolist")  # parquet holds arrays
-            if not (several and all(isinstance(message, Mapping) for message in messages)):
+            if not (several and len(messages) and all(isinstance(message, Mapping) for message in messages)):
                 raise BadInput(
                     f"{table.attrs['source']} has the messages {str(messages)[:40]!r} in row {row}: give a list of "
-                    "{role, content}."
+                    "one {role, content} or more."
                 )
         return [[dict(message) for message in messages] for messages in held]
     prompts = column(table, options.prompt, "prompt")
@@ -212,6 +212,8 @@ def conversations(table: Table, options: Options) -> list[list[dict[str, str]]]:
 
 def rendered(messages: list[dict[str, str]], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
     """Return a conversation as the model reads it, and the stretches [from, to) of it that the assistant says."""
+    if messages[0].get("role") == "assistant":
+        raise BadInput(f"{where} begins with the assistant: put before it what it answers to, or remove it.")
     whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
     spans = []
     for i, message in enumerate(messages):
