@@ -72,6 +72,21 @@ def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
         load_transformers(tmp_path, "causal-language-modelling")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("left", [0, 4, 1000, 200_000])
+def test_weights_that_are_cut_off_are_refused_in_one_sentence(name: str, left: int, tmp_path: Path) -> None:
+    model = llama_tiny()
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    if name != "model.safetensors":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / name)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:left])
+    with pytest.raises(BadInput) as caught:
+        load_transformers(tmp_path, "causal-language-modelling")
+    says = "is truncated or damaged: copy the model there again, or save it anew."
+    assert str(caught.value) == f"a file of weights in '{tmp_path}' {says}"
+
+
 def test_the_cache_lies_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PLAIT_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path

@@ -117,6 +117,7 @@ def load_transformers(model: str | Path, task: str, outputs: int | None = None, 
     outputs: how many classes a classifier has. Raises BadInput when transformers cannot find or read it.
     """
     import transformers
+    from safetensors import SafetensorError
 
     extra: dict[str, Any] = {"num_labels": outputs, "ignore_mismatched_sizes": True} if outputs else {}
     place = located(model)
@@ -128,6 +129,12 @@ def load_transformers(model: str | Path, task: str, outputs: int | None = None, 
     except (OSError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0]
         raise BadInput(f"transformers cannot load '{model}' for {task}: {reason}") from None
+    except (SafetensorError, EOFError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "PytorchStreamReader" not in str(problem):
+            raise
+        raise BadInput(
+            f"a file of weights in '{model}' is truncated or damaged: copy the model there again, or save it anew."
+        ) from None
     missing = set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
     fresh = sorted({name.rpartition(".")[0] for name in missing})
     built: nn.Module = made
