@@ -352,6 +352,29 @@ def test_a_word_for_a_gap_may_stand_in_the_test_set_alone() -> None:
     assert task.test.batch(torch.arange(1)).inputs.tolist() == [[pytest.approx(0.0, abs=1e-6)]]
 
 
+def test_the_inputs_of_a_table_can_be_made_from_what_is_written_beside_its_model(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    words = [f"w{i}" for i in generator.integers(0, 150, 600)]
+    rows = pd.DataFrame({"x": generator.normal(size=600), "word": words, "few": ["a", "b", "c"] * 200})
+    rows["label"] = generator.integers(0, 2, 600)
+    rows.loc[5, "x"] = None
+    task = load_task("classification", "mlp", {"train": rows, "validation": rows, "test": rows})
+    assert task.save is not None
+    task.save(tmp_path)
+    kept = json.loads((tmp_path / "preprocessing.json").read_text())
+    assert list(kept["infrequent"]) == ["word"]
+    made = []
+    for row in rows.to_dict("records"):
+        inputs = [
+            0.0 if math.isnan(row[n]) else (row[n] - mean) / scale for n, (mean, scale) in kept["numeric"].items()
+        ]
+        for name, known in kept["words"].items():
+            inputs += [float(row[name] == word) for word in known]
+            inputs += [float(row[name] in kept["infrequent"][name])] if name in kept["infrequent"] else []
+        made.append(inputs)
+    torch.testing.assert_close(torch.tensor(made), task.train.batch(torch.arange(600)).inputs)
+
+
 class Looks(nn.Module):
     """Returns the same values for whatever it is given."""
 

@@ -120,14 +120,22 @@ class Encoder:
         return torch.from_numpy(np.asarray(self.made.transform(self._plain(table)), dtype="float32"))
 
     def describe(self) -> dict[str, Any]:
-        """Return what was learnt from the training set, for a file of JSON."""
-        fitted, kept = self.made.named_transformers_, {}
+        """Return what was learnt from the training set, for a file of JSON; it tells every input of the model in order.
+
+        numeric: [mean, scale] by column, an input each; a gap takes the mean. words: the words by column, an input
+        each, 1 where a row holds that word; infrequent: words of a column that share one more input, after its others.
+        """
+        fitted, kept = self.made.named_transformers_, dict[str, Any]()
         if self.numeric:
             scaler = fitted["numeric"][-1]
             pairs = zip(scaler.mean_.tolist(), scaler.scale_.tolist(), strict=True)
             kept["numeric"] = dict(zip(self.numeric, pairs, strict=True))
         if self.words:
-            kept["words"] = dict(zip(self.words, [c.tolist() for c in fitted["words"].categories_], strict=True))
+            encoder = fitted["words"]
+            rare = [{} if few is None else dict.fromkeys(few.tolist()) for few in encoder.infrequent_categories_]
+            known = zip(self.words, encoder.categories_, rare, strict=True)
+            kept["words"] = {name: [word for word in words if word not in few] for name, words, few in known}
+            kept["infrequent"] = {name: list(few) for name, few in zip(self.words, rare, strict=True) if few}
         return kept
 
 
