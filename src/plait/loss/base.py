@@ -58,7 +58,7 @@ class Loss(Method):
 
 def require_logits(method: Method, output: Any, target: Tensor, misfit: Misfit | None = None) -> None:
     """Raise BadInput where a loss of classes meets a regression (as its outputs or its misfit tell), or no logits."""
-    shape = getattr(output, "shape", ())
+    shape = tuple[int, ...](getattr(output, "shape", ()))
     unfit = not len(shape) or shape[-1] < 2 or misfit is squared_error
     if target.is_floating_point():  # one row of probabilities for each of logits
         unfit = unfit or len(shape) < 2 or target.shape != shape
