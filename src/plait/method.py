@@ -101,6 +101,12 @@ class Now:
         self.timed = True
         return min(self.step / max(self.steps, 1), 1.0)
 
+    @property
+    def resting(self) -> bool:
+        """Whether some weights of the run's optimizer are left out of this step, as where layers take turns."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return not all(p.requires_grad for group in groups for p in group["params"])
+
     def at(self, value: float | schedule.Schedule) -> float:
         """Return a field's number at this point of the run."""
         if isinstance(value, schedule.Tuned):

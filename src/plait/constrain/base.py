@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.gradient.base import resting
 from plait.layers import is_linear_map, layers, require_layers
 from plait.method import Method, Now, method
 
@@ -37,7 +36,7 @@ class Constraint(Method):
             if weight.requires_grad and id(weight) not in seen:
                 seen.add(id(weight))
                 yield name, layer, weight
-        if not seen and not resting(now):
+        if not seen and not now.resting:
             raise BadInput(
                 f"{type(self).__name__} finds no weight that is trained: drop it, or what freezes the model."
             )

@@ -52,12 +52,6 @@ class Gradient(Method):
                 yield name, parameter.grad
 
 
-def resting(now: Now) -> bool:
-    """Say whether some weights of the run's optimizer are left out of this step, as where layers take turns."""
-    groups = [] if now.optimizer is None else now.optimizer.param_groups
-    return not all(p.requires_grad for group in groups for p in group["params"])
-
-
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """Return the Euclidean norm of all entries together, in float32 at least.
 

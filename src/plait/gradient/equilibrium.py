@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Positive
-from plait.gradient.base import Gradient, resting
+from plait.gradient.base import Gradient
 from plait.layers import layers, require_layers
 from plait.math.equilibrium import Equilibrium, nudged
 from plait.method import Ask, Method, Now, method
@@ -73,7 +73,7 @@ class EquilibriumPropagation(Gradient):
             finally:
                 for layer, own in zip(found, before, strict=True):
                     layer.credit = own
-            if not given and not resting(now):
+            if not given and not now.resting:
                 raise BadInput(
                     "EquilibriumPropagation gave no credit, for nothing in or below the equilibrium is trained: "
                     "unfreeze it (adapters freeze the model), or drop the method."

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Positive
-from plait.gradient.base import Gradient, resting
+from plait.gradient.base import Gradient
 from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, layers, matrix, require_layers, unmatrix
 from plait.method import Ask, Method, Now, method
 from plait.sharding import full, gather, like
@@ -150,7 +150,7 @@ class TrAct(Gradient):
                 for handle in handles:
                     handle.remove()
             for (name, layer), rows in zip(targets, seen, strict=True):
-                if layer.weight.grad is not None or not resting(now):
+                if layer.weight.grad is not None or not now.resting:
                     self.rewrite(name, layer, rows)
             return value
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Positive
-from plait.gradient.base import Gradient, resting
+from plait.gradient.base import Gradient
 from plait.layers import layers
 from plait.method import Ask, Method, Now, method
 
@@ -98,7 +98,7 @@ class PixelwiseGradientClipping(Gradient):
                     f"PixelwiseGradientClipping(where={self.where!r}) needs a layer whose output is a tensor with a "
                     f"dimension {self.channels}: name another layer, or set channels."
                 )
-            if not image.requires_grad and torch.is_grad_enabled() and not resting(now):
+            if not image.requires_grad and torch.is_grad_enabled() and not now.resting:
                 raise BadInput(
                     f"PixelwiseGradientClipping(where={self.where!r}) sees no gradient, for nothing before that layer "
                     "is trained: unfreeze what renders the image, or name another layer."

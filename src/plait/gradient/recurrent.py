@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import NonNegative, ScheduledNonNegative
-from plait.gradient.base import Gradient, resting
+from plait.gradient.base import Gradient
 from plait.layers import layers, require_layers
 from plait.method import Ask, Method, Now, method
 
@@ -118,7 +118,7 @@ class VanishingGradientRegularizer(Gradient):
         strength = now.at(self.strength)
 
         def through(hidden: Tensor, weight: Tensor, layer: Any) -> Tensor:
-            if not weight.requires_grad and torch.is_grad_enabled() and not resting(now):
+            if not weight.requires_grad and torch.is_grad_enabled() and not now.resting:
                 raise BadInput(
                     "VanishingGradientRegularizer trains recurrent weights, and one is frozen: unfreeze it (adapters "
                     "freeze the model), or name other layers in where."
