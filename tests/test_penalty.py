@@ -13,7 +13,7 @@ from plait.batch import Batch
 from plait.errors import BadInput
 from plait.method import Now
 from plait.parametrize.low_rank import LoRA
-from plait.penalty.adversarial import SMART, symmetric_kl
+from plait.penalty.adversarial import SMART, divergence, symmetric_kl
 from plait.penalty.base import Penalty, WeightPenalty
 from plait.penalty.norm import L2, L2SP, NormLoss
 from plait.penalty.orthogonal import GOR
@@ -356,3 +356,9 @@ def test_two_penalties_of_one_class_both_count() -> None:
     run = train(model, data, methods=[NormLoss(where=w, strength=0.5) for w in "01"], steps=1)
     seen.update(run.history[0])
     assert seen["NormLoss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_smart_takes_the_squared_error_of_real_targets(outputs: int) -> None:
+    one, other, target = (torch.randn(4, outputs, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    torch.testing.assert_close(divergence(one, other, target), (one - other).square().sum(1))

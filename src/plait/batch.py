@@ -84,3 +84,15 @@ def weighted_sum(misfit: Tensor, weight: Tensor) -> Tensor:
     """Return sum_i weight_i misfit_i for misfit [n] or [n, tokens]."""
     per_example = misfit.flatten(1).sum(1) if misfit.dim() > 1 else misfit
     return (per_example * weight.to(per_example.dtype)).sum()
+
+
+def are_probabilities(target: Tensor) -> bool:
+    """Say whether real targets are rows of probabilities: of at least two numbers, not negative, with a sum of 1.
+
+    >>> are_probabilities(torch.tensor([[0.2, 0.8]])), are_probabilities(torch.tensor([[1.0], [1.0]]))
+    (True, False)
+    """
+    if not target.is_floating_point() or target.dim() < 2 or target.shape[-1] < 2 or bool((target < 0).any()):
+        return False
+    sums = target.float().sum(-1)
+    return torch.allclose(sums, torch.ones_like(sums), atol=1e-2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plait import sharding
-from plait.batch import Batch, tree_map, weighted_sum
+from plait.batch import Batch, are_probabilities, tree_map, weighted_sum
 from plait.errors import BadInput
 from plait.layers import evaluating, layers
 from plait.loss.base import cross_entropy, squared_error
@@ -80,12 +80,7 @@ def default_loss(data: Any) -> Misfit:
     target = data.batch(torch.arange(min(len(data), 64))).target
     if target.dtype == torch.bool:
         raise BadInput("the targets are true and false: give them as whole numbers for classes, or as real numbers.")
-    if not target.is_floating_point():
-        return cross_entropy
-    if target.dim() < 2 or target.shape[-1] < 2 or bool((target < 0).any()):
-        return squared_error
-    sums = target.float().sum(-1)
-    return cross_entropy if torch.allclose(sums, torch.ones_like(sums), atol=1e-2) else squared_error
+    return cross_entropy if not target.is_floating_point() or are_probabilities(target) else squared_error
 
 
 def _is_misfit(loss: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plait.batch import IGNORE
+from plait.batch import IGNORE, are_probabilities
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, NonNegative, Positive, ScheduledNonNegative, ScheduledProbability
@@ -33,7 +33,7 @@ def symmetric_kl(one: Tensor, other: Tensor) -> Tensor:
 
 def divergence(one: Tensor, other: Tensor, target: Tensor) -> Tensor:
     """Return each example's divergence [n] of two outputs: symmetric KL for classes, squared error for real targets."""
-    if target.is_floating_point() and target.dim() < 2:
+    if target.is_floating_point() and not are_probabilities(target):
         return (one - other).float().square().flatten(1).sum(1) if one.dim() > 1 else (one - other).float().square()
     each = symmetric_kl(one, other)
     if each.dim() == 1:
