@@ -65,8 +65,9 @@ def comparison() -> str:
     parts.append(
         f"Made by `{COMMAND}`: {said['seeds']} seeds, {len(said['search']['factors'])} learning rates tried for each "
         f"method on the validation set of {said['search']['task']}. Intervals of 95 % over seeds. Methods marked = are "
-        "not told from the best by a paired t test over the seeds, or not by a paired bootstrap over seeds and test "
-        "examples; the order among them says nothing. A rate at the edge of those that were tried is marked so: a "
+        "not told from the best by a paired t test over the seeds, whose spreads borrow from each other, or not by a "
+        "paired bootstrap over seeds and test examples, both with Holm's correction; the order among them says nothing. "
+        "Rates were searched on one task: on the other a method may have deserved another one. A rate at the edge of those that were tried is marked so: a "
         f"better one may lie beyond. {found['machine']}; {made}.\n"
     )
     wanted = [f"{track}, {task}" for track, tasks in said["tracks"].items() for task in tasks]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy
 import pytest
 from scipy import stats
 
+from plait.workbench.shared_spread import half_and_p, moderated, prior
 from plait.workbench.statistics import (
     allow_for_many,
     bootstrap,
@@ -126,3 +129,35 @@ def test_seeds_needed_reaches_the_power_that_it_promises() -> None:
 
 def test_the_pareto_front_where_lower_is_better() -> None:
     assert pareto([(1.0, 3.0), (2.0, 2.0), (2.0, 2.5)], higher_is_better=False) == [True, True, False]
+
+
+def _family(luck: numpy.random.Generator, effect: float, alike: int = 8) -> list[bool]:
+    """Whether each of 40 recipes is told from the first on three seeds; spreads differ from recipe to recipe."""
+    spreads = numpy.sqrt(0.01 * alike / luck.chisquare(alike, size=40))
+    pairs = effect + spreads[:, None] * luck.normal(size=(40, 3))
+    found = [difference(("a", str(n)), [0.0] * 3, row.tolist()) for n, row in enumerate(pairs)]
+    return [d.verdict == "clear" for d in allow_for_many(found)]
+
+
+@pytest.mark.parametrize("alike", [2, 8, 30])
+def test_many_differences_over_few_seeds_borrow_their_spread_without_false_alarms(alike: int) -> None:
+    luck, trials = numpy.random.default_rng(7), 200
+    alarms = sum(any(_family(luck, 0.0, alike)) for _ in range(trials))
+    assert alarms / trials <= 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
+    told = numpy.mean([_family(luck, 0.5, alike) for _ in range(20)])  # five times the spread
+    alone = [difference(("a", "b"), [0.0] * 3, [0.4, 0.5, 0.6])] * 7
+    assert told > 0.7
+    assert {d.verdict for d in allow_for_many(alone)} == {"suggestive"}
+
+
+def test_a_moderated_variance_lies_between_its_own_and_the_common_one() -> None:
+    luck = numpy.random.default_rng(11)
+    true = 0.04 * 6 / luck.chisquare(6, size=4000)
+    freedom, common = prior((true * luck.chisquare(2, size=4000) / 2).tolist(), 2)
+    assert freedom == pytest.approx(6, rel=0.15)
+    assert common == pytest.approx(0.04, rel=0.1)
+    assert moderated(1.0, 2, (3.0, 0.2)) == (pytest.approx((3 * 0.2 + 2 * 1.0) / 5), 5.0)
+    assert moderated(1.0, 2, (math.inf, 0.2)) == (pytest.approx((4 * 0.2 + 2 * 1.0) / 6), 6.0)
+    half, p = half_and_p(0.3, 0.04, 8.0, 1 / 3)
+    assert half == pytest.approx(2.306 * 0.2 / 3**0.5, rel=1e-3)
+    assert p == pytest.approx(2 * 0.0159, rel=0.02)

@@ -124,6 +124,11 @@ class Difference:
     better: bool
     """Whether the mean of `other` is the better one."""
     method: str
+    pairs: tuple[float, ...] = ()
+    """The difference of each seed."""
+    overlap: float = 0.0
+    drawn: tuple[Interval, float] | None = None
+    """What the bootstrap over seeds and test examples says."""
 
 
 def _shared_examples(first: Sequence[Any], other: Sequence[Any]) -> Floats | None:
@@ -150,36 +155,67 @@ def difference(
     examples. overlap: where each seed has a split of its own, as in `t_interval`.
     """
     pairs = [b - a for a, b in zip(first, other, strict=True)]
-    seeds, p = t_interval(pairs, overlap), paired_p(pairs, overlap)
-    low, high, how = (
-        seeds.low,
-        seeds.high,
-        "paired t over seeds" + (", corrected for overlapping splits" if overlap else ""),
-    )
     examples = _shared_examples(first_examples, other_examples)
-    if examples is not None:
-        drawn, p_drawn = bootstrap(examples)
+    better = float(numpy.mean(pairs)) > 0 if higher_is_better else float(numpy.mean(pairs)) < 0
+    how = "paired t over seeds" + (", corrected for overlapping splits" if overlap else "")
+    made = Difference(
+        *names, t_interval(pairs, overlap), paired_p(pairs, overlap), None, "unknown", better, how,
+        tuple(pairs), overlap, None if examples is None else bootstrap(examples),
+    )  # fmt: skip
+    return _judged(made)
+
+
+def _judged(found: Difference) -> Difference:
+    """Return a difference whose interval and p are of the seeds with those of the bootstrap beside them, judged."""
+    from dataclasses import replace
+
+    low, high, p, how = found.interval.low, found.interval.high, found.p, found.method
+    if found.drawn is not None:
+        drawn, p_drawn = found.drawn
         assert drawn.low is not None
         assert drawn.high is not None
         if low is not None and high is not None:
             low, high = min(low, drawn.low), max(high, drawn.high)
-            how = "paired t over seeds and paired bootstrap over seeds and test examples"
+            how += " and paired bootstrap over seeds and test examples"
         else:
             low, high, how = drawn.low, drawn.high, "paired bootstrap over test examples, of one seed"
         p = p_drawn if p is None else max(p, p_drawn)
-    mean = float(numpy.mean(pairs))
-    if len(pairs) < FEWEST_SEEDS or low is None or high is None:
+    if len(found.pairs) < FEWEST_SEEDS or low is None or high is None:
         verdict: Verdict = "unknown"
     else:
         verdict = "clear" if p is not None and p < 1 - LEVEL and not low <= 0 <= high else "noise"
-    better = mean > 0 if higher_is_better else mean < 0
-    return Difference(*names, Interval(mean, low, high, len(pairs)), p, p, verdict, better, how)
+    return replace(
+        found, interval=replace(found.interval, low=low, high=high), p=p, adjusted=p, verdict=verdict, method=how
+    )
+
+
+def borrowing(differences: Sequence[Difference]) -> list[Difference]:
+    """Return the same differences, each judged by a spread over seeds that borrows from all; see `shared_spread`."""
+    from dataclasses import replace
+
+    from plait.workbench.shared_spread import FAMILY, half_and_p, moderated, prior
+
+    counts = {len(d.pairs) for d in differences}
+    if len(differences) < FAMILY or len(counts) > 1 or (count := counts.pop()) < FEWEST_SEEDS:
+        return list(differences)
+    variances = [float(numpy.var(d.pairs, ddof=1)) for d in differences]
+    common, made = prior(variances, count - 1), []
+    for d, own in zip(differences, variances, strict=True):
+        mean = d.interval.mean
+        half, p = half_and_p(mean, *moderated(own, count - 1, common), 1 / count + d.overlap)
+        how = "moderated paired t over seeds" + (", corrected for overlapping splits" if d.overlap else "")
+        made.append(_judged(replace(d, interval=Interval(mean, mean - half, mean + half, count), p=p, method=how)))
+    return made
 
 
 def allow_for_many(differences: Sequence[Difference]) -> list[Difference]:
-    """Return the same differences with Holm's p; what is clear only by itself becomes "suggestive"."""
+    """Return the same differences with Holm's p; what is clear only by itself becomes "suggestive".
+
+    Many differences over few seeds borrow their spread from each other first.
+    """
     from dataclasses import replace
 
+    differences = borrowing(differences)
     adjusted = holm([d.p for d in differences])
     return [
         replace(
