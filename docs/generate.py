@@ -65,10 +65,11 @@ def comparison() -> str:
     parts.append(
         f"Made by `{COMMAND}`: {said['seeds']} seeds, {len(said['search']['factors'])} learning rates tried for each "
         f"method on the validation set of {said['search']['task']}; on the other task one may have deserved "
-        "another. Intervals of 95 % over seeds. Methods marked = are not told from the best by a paired t test over the "
-        "seeds, whose spreads borrow from each other, or not by a paired bootstrap over seeds and test examples, both with "
-        "Holm's correction; the order among them says nothing. A rate at the edge of those that were tried is marked "
-        "so: a better one may lie beyond. The machine did other work meanwhile, so of the seconds a step only large "
+        "another. Intervals of 95 % over seeds. Methods marked = are not told from the best by a paired t "
+        "test over the seeds, whose spreads borrow from each other, or not by a paired bootstrap over seeds "
+        "and test examples, both with Holm's correction; the order among them says nothing. A rate at the "
+        "edge of those that were tried is marked so: a better one may lie beyond. The machine did other work "
+        "meanwhile, so of the seconds a step only large "
         f"differences count; `benchmarks/` measures time. {found['machine']}; {made}.\n"
     )
     wanted = [f"{track}, {task}" for track, tasks in said["tracks"].items() for task in tasks]
