@@ -234,6 +234,7 @@ def test_a_weight_and_a_bias_of_different_types() -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:no gradient ever reached 'recurrent")  # which this model does not call
 def test_a_model_of_two_precisions_trains_where_the_model_itself_converts() -> None:
     class Mixed(Net):
         def forward(self, inputs: Tensor) -> Tensor:

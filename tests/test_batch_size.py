@@ -109,6 +109,7 @@ class Tokens(nn.Module):
         return self.head(self.table(tokens)).transpose(1, 2).transpose(1, 2)
 
 
+@pytest.mark.filterwarnings("ignore:no gradient ever reached 'unused'")
 def test_the_gradient_in_pieces_is_that_of_the_batch() -> None:
     """Also where targets that do not count make the pieces weigh differently."""
     tokens = torch.randint(0, 9, (10, 4), generator=torch.Generator().manual_seed(0))

@@ -68,6 +68,7 @@ class RiemannLoRA(Rule):
     that are no pair of factors (heads, biases, other adapters) are stepped by AdamW at lr * `others`, with `betas`,
     `eps` and the same decay. Needs names: model.named_parameters(). Raises BadInput if there is no pair.
 
+    >>> import torch
     >>> from plait import LoRA, train
     >>> x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
     >>> run = train(nn.Linear(8, 4), (x, x[:, :4]), methods=[LoRA(rank=2), RiemannLoRA(lr=0.02)], steps=20)
