@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
+TWEETS := $(addprefix examples/tweets/, full.yaml lora-elr.yaml lora.yaml pissa.yaml)
 
 .PHONY: env demo demo-small test lint types docs lock browser ci clean
 
@@ -14,13 +15,13 @@ env: .venv/installed
 	touch $@
 
 demo: env
-	$(BIN)/plait compare examples/tweets/*.yaml --seeds 2 --out runs/tweets
+	$(BIN)/plait compare $(TWEETS) --seeds 2 --out runs/tweets
 	$(BIN)/plait compare examples/smollm2/*.yaml --seeds 1 --out runs/smollm2
 	@echo "Open the reports:"
 	@ls $(CURDIR)/runs/tweets/report.html $(CURDIR)/runs/smollm2/report.html
 
 demo-small: env
-	$(BIN)/plait compare examples/tweets/*.yaml --seeds 2 --out runs/tweets-small \
+	$(BIN)/plait compare $(TWEETS) --seeds 2 --out runs/tweets-small \
 		--set train.steps=4 --set data.rows=400
 
 test: env browser
