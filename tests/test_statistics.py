@@ -161,3 +161,16 @@ def test_a_moderated_variance_lies_between_its_own_and_the_common_one() -> None:
     half, p = half_and_p(0.3, 0.04, 8.0, 1 / 3)
     assert half == pytest.approx(2.306 * 0.2 / 3**0.5, rel=1e-3)
     assert p == pytest.approx(2 * 0.0159, rel=0.02)
+
+
+def test_figures_that_agree_by_chance_say_nothing_about_the_others() -> None:
+    """Accuracies are counts: of a few seeds the differences may all be equal, which is no proof of no spread."""
+    luck = numpy.random.default_rng(13)
+    rows = [[0.02 * value for value in luck.normal(size=3)] for _ in range(30)]
+    first, equal = [0.0] * 3, [[1 / 300] * 3, [0.0] * 3]
+    alone, joined = (
+        allow_for_many([difference(("a", str(n)), first, row) for n, row in enumerate(held)])
+        for held in (rows, rows + equal)
+    )
+    assert [d.p for d in joined[:30]] == pytest.approx([d.p for d in alone])
+    assert [d.verdict for d in joined[30:]] == ["noise", "noise"]

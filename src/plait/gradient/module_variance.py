@@ -109,11 +109,8 @@ class AGVM(Gradient):
 
         def aligned(model: nn.Module, now: Now) -> Tensor:
             plain = model if now.model is None else now.model
-            groups, parameters, state = (
-                self.require(self.groups(plain, now)),
-                dict(plain.named_parameters()),
-                now.of(self),
-            )
+            groups, state = self.require(self.groups(plain, now)), now.of(self)
+            parameters = dict(plain.named_parameters())
             state.setdefault("scale", torch.ones(1 + max(groups.values()), dtype=torch.float64))
             if "step" in state and int(state["step"]) == now.step:
                 return ask(model, now)  # a method around this one asks again, at weights that it has moved

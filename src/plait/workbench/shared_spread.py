@@ -25,7 +25,8 @@ FAMILY = 8
 
 def prior(variances: Sequence[float], freedom: int) -> tuple[float, float]:
     """Return (d_0, s_0^2) of variances of `freedom` degrees of freedom each; d_0 is infinite where they differ no more
-    than they would around one common variance.
+    than they would around one common variance. Variances of 0 (figures that are counts may agree by chance) are left
+    out: their logarithm says nothing.
 
     >>> d, s = prior([1.0, 2.0, 0.5, 1.5, 0.8, 1.2, 0.9, 1.1], 2)
     >>> d, 0.5 < s < 2
@@ -34,7 +35,7 @@ def prior(variances: Sequence[float], freedom: int) -> tuple[float, float]:
     from scipy.optimize import brentq
     from scipy.special import digamma, polygamma
 
-    logs = numpy.log(numpy.maximum(numpy.asarray(variances, dtype=float), 1e-300))
+    logs = numpy.log([variance for variance in variances if variance > 0])
     shifted = logs - digamma(freedom / 2) + math.log(freedom / 2)
     left = float(shifted.var(ddof=1)) - float(polygamma(1, freedom / 2))
     if left <= 1e-6:

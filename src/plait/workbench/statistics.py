@@ -196,9 +196,15 @@ def borrowing(differences: Sequence[Difference]) -> list[Difference]:
     from plait.workbench.shared_spread import FAMILY, half_and_p, moderated, prior
 
     counts = {len(d.pairs) for d in differences}
-    if len(differences) < FAMILY or len(counts) > 1 or (count := counts.pop()) < FEWEST_SEEDS:
+    if len(counts) != 1 or (count := counts.pop()) < FEWEST_SEEDS:
         return list(differences)
     variances = [float(numpy.var(d.pairs, ddof=1)) for d in differences]
+    variances = [
+        own if own > 1e-24 * max(d.interval.mean**2, 1.0) else 0.0
+        for own, d in zip(variances, differences, strict=True)
+    ]
+    if sum(own > 0 for own in variances) < FAMILY:
+        return list(differences)
     common, made = prior(variances, count - 1), []
     for d, own in zip(differences, variances, strict=True):
         mean = d.interval.mean
