@@ -163,6 +163,15 @@ def test_what_follows_a_step_sees_the_layers_that_were_stepped() -> None:
     assert norms(model)[0] == pytest.approx(1.0, abs=1e-5)
 
 
+def test_a_loop_of_ones_own_goes_on_with_the_rounds_of_a_run() -> None:
+    run = train(stack(4), (X, Y), methods=[LISA(layers=1, period=1, where="[0-9]")], steps=3)
+    rule, trained = run.now.optimizer, set()
+    for _ in range(12):
+        stepped(run.model, rule)
+        trained.add(tuple(layer.weight.requires_grad for layer in run.model))  # type: ignore[union-attr, arg-type]
+    assert len(trained) > 1
+
+
 def test_modules_keep_their_numbers_while_layers_take_turns() -> None:
     agvm = AGVM(every=1, momentum=0.0)
     run = train(stack(4), (X, Y), methods=[agvm, LISA(layers=1, period=2, where="[0-9]")], steps=9)

@@ -105,7 +105,7 @@ class RoundsOptimizer(RuleOptimizer):
 
     method: Rounds
     told: bool = False
-    """Whether the loop says when its steps begin."""
+    """Whether the loop has said that the step under way began."""
 
     def __init__(self, rule: Rounds, parameters: Any) -> None:
         super().__init__(rule, parameters)
@@ -163,6 +163,7 @@ class RoundsOptimizer(RuleOptimizer):
             group["taken"] += 1
         if not self.told and self.number() != self.begun:
             self.begin()
+        self.told = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, and freeze what its round leaves out."""
