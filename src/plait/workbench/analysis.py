@@ -59,6 +59,13 @@ def _interval(values: Sequence[float]) -> Values | None:
     return None if not values else asdict(t_interval(values)) | {"values": list(values)}
 
 
+def _told(difference: Difference) -> Values:
+    """Return a difference as results.json holds it: without what only its judging needed."""
+    held = asdict(difference)
+    del held["drawn"]
+    return held | {"pairs": list(difference.pairs)}
+
+
 def compare_pair(metric: Metric, first: Group, other: Group) -> Difference | None:
     """Return the paired difference over the seeds that both finished."""
     mine, theirs = ({run["seed"]: run for run in group.runs} for group in (first, other))
@@ -143,7 +150,7 @@ def analyse(groups: Sequence[Group], seeds: Sequence[int]) -> Values:
             for r, on in zip(rows, front, strict=True):
                 r[name] = on
     for r in rows:
-        r["difference"] = asdict(by_name[r["name"]]) if r["name"] in by_name else None
+        r["difference"] = _told(by_name[r["name"]]) if r["name"] in by_name else None
     summary = recommend(metric, done, rows, by_name)
     return {
         "metric": {"name": metric.name, "better": metric.better, "percent": metric.percent},
