@@ -114,11 +114,34 @@ def test_a_difference_within_noise_is_said_in_words() -> None:
     assert "over 3 seeds" in says
 
 
-def test_few_seeds_warn_and_one_seed_does_not_judge() -> None:
-    found = analysed([run("a", 0, 0.7), run("b", 0, 0.9)], 1)
-    assert found["summary"]["headline"].startswith("Undecided")
+def test_few_seeds_do_not_judge_and_the_leader_is_the_guess_until_then() -> None:
+    dear = {"peak": 900.0, "step": 0.3}
+    found = analysed([run("a", 0, 0.7), run("b", 0, 0.9, **dear)], 1)
+    assert found["summary"]["headline"] == "Undecided on one seed: b leads with 90.0 % accuracy."
+    assert found["summary"]["use"] == "b"
+    assert "Until then b is the best guess." in found["summary"]["why"][0]
+    assert found["summary"]["why"][-1].startswith("a is the cheapest: ")
     assert found["recipes"][1]["difference"]["verdict"] == "unknown"
-    assert any(w["kind"] == "seeds" for w in found["warnings"])
+    assert [w["text"] for w in found["warnings"] if w["kind"] in ("seeds", "noise")] == [
+        "One seed cannot tell a difference from luck, also those here against a: b (+20.0 points). Use --seeds 5 "
+        "before you decide anything that matters."
+    ]
+
+
+def test_seeds_that_reach_the_same_figure_are_suspect_only_where_they_trained_alike_or_are_perfect() -> None:
+    said = {
+        name: [w["text"] for w in analysed(made, 3)["warnings"] if w["kind"] == "same"]
+        for name, made in {
+            "chance": [run("a", s, 0.75) for s in range(3)],
+            "alike": [run("a", s, 0.75) | {"history": run("a", 0, 0.75)["history"]} for s in range(3)],
+            "perfect": [run("a", s, 1.0) for s in range(3)],
+        }.items()
+    }
+    assert said == {
+        "chance": [],
+        "alike": ["All seeds of a trained alike: the seed changes nothing here."],
+        "perfect": ["All seeds of a are perfect: the task is too easy to tell recipes apart."],
+    }
 
 
 def test_the_cheaper_of_two_that_cannot_be_told_apart_is_recommended() -> None:

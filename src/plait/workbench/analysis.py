@@ -189,15 +189,17 @@ def warnings(
     def warn(kind: str, text: str) -> None:
         found.append({"kind": kind, "text": text})
 
-    if len(seeds) < 3:
+    if len(seeds) < FEWEST_SEEDS:
+        these = ", ".join(f"{d.other} ({metric.gap(d.interval.mean, signed=True)})" for d in against)
+        whose = f", also those here against {groups[0].name}: {these}" if these else ""
         warn(
             "seeds",
-            f"{'One seed says' if len(seeds) == 1 else 'Two seeds say'} little about noise: only very large "
-            "differences can be told from luck. Use --seeds 5 before you decide anything that matters.",
+            f"{_few(len(seeds))} cannot tell a difference from luck{whose}. Use --seeds 5 before you decide anything "
+            "that matters.",
         )
     first = {run["seed"]: q for run, q in zip(groups[0].runs, groups[0].quality(), strict=True)}
     by_name = {g.name: g for g in groups}
-    for d in against:
+    for d in against if len(seeds) >= FEWEST_SEEDS else []:
         other = by_name[d.other]
         pairs = [q - first[r["seed"]] for r, q in zip(other.runs, other.quality(), strict=True) if r["seed"] in first]
         if d.verdict != "clear":
@@ -205,9 +207,10 @@ def warnings(
     for r in rows:
         values = r["quality"]["values"]
         if len(values) > 1 and max(values) == min(values):
-            ceiling = metric.percent and values[0] == (1.0 if metric.higher else 0.0)
-            says = "the task is too easy to tell recipes apart" if ceiling else "the seed may not change anything here"
-            warn("same", f"All seeds of {r['name']} reached exactly the same figure: {says}.")
+            if metric.percent and values[0] == (1.0 if metric.higher else 0.0):
+                warn("same", f"All seeds of {r['name']} are perfect: the task is too easy to tell recipes apart.")
+            elif len({str(history) for history in r["history"]}) == 1:
+                warn("same", f"All seeds of {r['name']} trained alike: the seed changes nothing here.")
         if r["skipped"]:
             warn("skipped", f"{r['name']} left out {r['skipped']} steps whose objective was not finite.")
     falling = [r["name"] for r in rows if _still_falling(r["history"])]
@@ -262,15 +265,29 @@ def recommend(
     why = _reasons(metric, chosen, best, rest, means, costs, tested, by_name, groups[0].name)
     headline = f"Use {chosen}."
     if count < FEWEST_SEEDS and len(means) > 1:
-        headline = f"Undecided: {best} reached the best {metric.name}, on {count_of(count)}."
-        start = "One seed" if count == 1 else "Two seeds"
-        why = [f"{start} cannot show which difference is luck; run --seeds 5. Meanwhile {chosen} {least_of}."]
+        headline = f"Undecided on {count_of(count)}: {best} leads with {metric.show(means[best])} {metric.name}."
+        why = _meanwhile(count, best, chosen, groups[0].name, costs)
+        chosen, trade = best, []
     elif len(rest) == len(means) > 1:
         headline = f"Use {chosen}: no recipe is better beyond noise, and it {least_of}."
     elif len(means) == 1:
         headline = f"{chosen} reached {metric.show(means[chosen])}."
         why = ["There is nothing to compare it with: give a second recipe that runs."]
     return {"headline": headline, "use": chosen, "best": best, "tied": rest, "why": [*why, *trade]}
+
+
+def _few(seeds: int) -> str:
+    return "One seed" if seeds == 1 else "Two seeds"
+
+
+def _meanwhile(seeds: int, best: str, cheapest: str, first: str, costs: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return what can be said of the leader where there are too few seeds to tell a difference from luck."""
+    why = [f"{_few(seeds)} cannot show which difference is luck: run --seeds 5. Until then {best} is the best guess."]
+    if best != first:
+        why.append(f"Against {first}: {_cheaper(costs[best], costs[first])}.")
+    if cheapest != best:
+        why.append(f"{cheapest} is the cheapest: {_cheaper(costs[cheapest], costs[best])} than {best}.")
+    return why
 
 
 def _thrift(chosen: str, rest: Sequence[str], costs: Mapping[str, tuple[float, float]]) -> tuple[str, list[str]]:

@@ -205,14 +205,16 @@ def tiles(metric: Metric, found: Mapping[str, Any]) -> list[Values]:
     step, step_first = used["seconds_per_step"], first["seconds_per_step"]
     return [
         tile(
-            f"{metric.name}, mean",
+            f"{metric.name} of {used['name']}",
             metric.show(used["quality"]["mean"]),
             used["name"] if same else f"{first['name']}: {q}",
         ),
-        tile("peak memory", megabytes(memory), against_first(memory, memory_first, megabytes(memory_first))),
-        tile("time per step", seconds(step), against_first(step, step_first, seconds(step_first))),
+        tile("its peak memory", megabytes(memory), against_first(memory, memory_first, megabytes(memory_first))),
+        tile("its time per step", seconds(step), against_first(step, step_first, seconds(step_first))),
         tile(
-            "trained parameters", count(used["trainable"]), share(used["trainable"], used["parameters"]) or used["name"]
+            "its trained parameters",
+            count(used["trainable"]),
+            share(used["trainable"], used["parameters"]) or used["name"],
         ),
     ]
 
