@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from plait.cache import cache_folder
 from plait.errors import BadInput
-from plait.models import byte_tokenizer, cache_folder, llama_tiny, load_transformers, located, mlp, vit
+from plait.models import byte_tokenizer, llama_tiny, load_transformers, located, mlp, vit
 from plait.models.pretrained import package_folder
 from plait.parametrize.freeze import fresh
 from plait.tasks import load_task
@@ -91,6 +92,9 @@ def test_the_cache_lies_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("PLAIT_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
     monkeypatch.delenv("PLAIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / "plait"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "plait"
 
 

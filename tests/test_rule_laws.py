@@ -189,17 +189,15 @@ def test_triton_compiles_for_cuda_and_reads_sixteen_bytes_at_a_time(key: str, la
 # -- compiled once
 # -------------------------------------------------------------------------------------------------------
 def test_new_numbers_compile_nothing() -> None:
-    """Other rates, decays and decay rates: one signature per kernel, no new file."""
+    """Other rates, decays and decay rates: the same kernels, each of one signature."""
     for key in KEYS:
         stepped(key, steps=1)
-    files = set(kernels.cache_folder().iterdir())
     compiled = {id(run): len(run.signatures) for run in kernels._COMPILED.values() if run is not None}
     assert set(compiled.values()) == {1}
     for key in KEYS:
         stepped(key, steps=2, lr=0.0123, weight_decay=0.321, betas=(0.7, 0.8), momentum=0.3, eps=1e-3)
     after = {id(run): len(run.signatures) for run in kernels._COMPILED.values() if run is not None}
     assert after == compiled
-    assert set(kernels.cache_folder().iterdir()) == files
 
 
 SECOND = """

@@ -23,6 +23,7 @@ from typing import Any
 import numpy
 import torch
 
+from plait.cache import cache_folder
 from plait.math.kernel_source import Layout, source
 from plait.math.storage import BLOCK
 from plait.math.threads import pool
@@ -38,9 +39,9 @@ SMALL = 1 << 16
 """Steps over fewer elements than this are not worth a second thread."""
 
 
-def cache_folder() -> Path:
-    """Return the folder of compiled rules: $XDG_CACHE_HOME/plait/kernels, or one that lasts as long as the process."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plait" / "kernels"
+def kernel_folder() -> Path:
+    """Return the folder of compiled kernels, or, where it cannot be written, one that lasts as long as the process."""
+    folder = cache_folder() / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):
@@ -86,7 +87,7 @@ def load(text: str, name: str) -> ModuleType:
 def _load(text: str, name: str) -> ModuleType:
     """Write a module's text to the cache folder and import it from there."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    path = cache_folder() / f"{name.lower()}_{digest}.py"
+    path = kernel_folder() / f"{name.lower()}_{digest}.py"
     if not path.exists() or path.read_text() != text:
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(text)

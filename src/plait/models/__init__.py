@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from plait.models.pretrained import NAMED, cache_folder, load_transformers, located
+from plait.models.pretrained import NAMED, load_transformers, located
 from plait.models.small import byte_tokenizer, cnn, llama_tiny, mlp, vit
 
 __all__ = [
     "NAMED",
     "byte_tokenizer",
-    "cache_folder",
     "cnn",
     "llama_tiny",
     "load_transformers",

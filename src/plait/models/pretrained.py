@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from plait.cache import cache_folder
 from plait.errors import BadInput, did_you_mean
 from plait.parametrize.freeze import mark_fresh
 
@@ -34,11 +34,6 @@ HEADS = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
 }
-
-
-def cache_folder() -> Path:
-    """Return the folder of what plait converts once: PLAIT_CACHE, or ~/.cache/plait."""
-    return Path(os.environ.get("PLAIT_CACHE") or Path.home() / ".cache" / "plait")
 
 
 def package_folder(module: str, install: str, what: str) -> Path:

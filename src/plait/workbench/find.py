@@ -119,7 +119,7 @@ def by_meaning(query: str, texts: list[str]) -> list[float]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
-    from plait.workbench.index import cache_folder
+    from plait.cache import cache_folder
 
     kept = cache_folder() / "embeddings.safetensors"
     try:

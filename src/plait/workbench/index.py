@@ -1,6 +1,6 @@
 """What `plait list` shows: every entry of the catalogue as plain values, kept in a cache so that torch is not imported.
 
-The cache lies in PLAIT_CACHE or the user's cache folder, under a fingerprint of plait's files and of the evidence.
+It lies in plait's cache folder, under a fingerprint of plait's files and of the evidence.
 """
 
 from __future__ import annotations
@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import plait
+from plait.cache import cache_folder
 
 if TYPE_CHECKING:
     from plait.catalogue import Entry
 
 SOURCE = Path(plait.__file__).parent
-
-
-def cache_folder() -> Path:
-    """Return the folder for what can be computed again."""
-    return Path(os.environ.get("PLAIT_CACHE") or Path.home() / ".cache" / "plait")
 
 
 def evidence_folder() -> Path:
