@@ -46,7 +46,7 @@ def normalized_network(make: Make, seed: int, steps: int = 250, batch: int = 32)
     for _ in range(steps):
         rows = torch.randint(0, len(x), (batch,), generator=draw)
         rule.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
         rule.step()
         scheduler.step()
     return model.eval(), before

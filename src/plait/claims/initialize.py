@@ -178,7 +178,7 @@ def first_gradient(seed: int) -> tuple[float, float]:
             for _, _, adapter in attached(model, LowRank):
                 nn.init.orthogonal_(adapter.A)
         x, y = digits(False, True)
-        F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(x), y).backward()
         grads = [adapter.B.grad.flatten() for _, _, adapter in attached(model, LowRank) if adapter.B.grad is not None]
         return float(torch.cat(grads).norm())
 
@@ -192,9 +192,9 @@ def first_step_alignment(seed: int, start: list[Method]) -> float:
 
     x, y = digits(False, True)
     full = pretrained(seed)
-    F.cross_entropy(full(x), y).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(full(x), y).backward()
     model = TURNED.started(seed, [lora(), *start])
-    F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(model(x), y).backward()
     cosines = []
     for name, layer, adapter in attached(model, LowRank):
         before = dense_weight(layer).detach()

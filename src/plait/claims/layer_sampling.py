@@ -95,7 +95,7 @@ def fitted(model: nn.Module, rule: Rule, split: Split, seed: int, steps: int) ->
     for _ in range(steps):
         rows = torch.randint(0, len(split[0]), (32,), generator=draw)
         optimizer.zero_grad()
-        F.cross_entropy(model(split[0][rows]), split[1][rows]).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(split[0][rows]), split[1][rows]).backward()
         optimizer.step()
         scheduler.step()
     return model
@@ -145,7 +145,7 @@ def most_bytes(seed: int) -> tuple[float, float]:
         for step in range(60):
             rows = slice(step % 12 * 32, step % 12 * 32 + 32)
             optimizer.zero_grad()
-            F.cross_entropy(model(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
             held = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
             optimizer.step()
             most = max(most, held + state_bytes(optimizer))

@@ -60,7 +60,7 @@ class _Digits:
             (weight.grad,) = torch.autograd.grad(value, weight)
             return value.detach()
 
-        rule.step(closure)  # type: ignore[no-untyped-call]
+        rule.step(closure)
         with torch.no_grad():
             return float(self.outer(weight)), count
 

@@ -50,7 +50,7 @@ def trained(make: Make, seed: int, steps: int, batch: int) -> nn.Module:
     for _ in range(steps):
         rows = torch.randint(0, len(x), (batch,), generator=draw) if batch < len(x) else slice(None)
         rule.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
         rule.step()
         scheduler.step()
     return model

@@ -60,7 +60,7 @@ def learned_soup(
     for _ in range(steps):
         rule.zero_grad()
         shares = mixing.softmax(0)
-        misfit(weighted(states, list(shares))).backward()  # type: ignore[no-untyped-call]
+        misfit(weighted(states, list(shares))).backward()
         rule.step()
     alpha = mixing.detach().softmax(0)
     return weighted(states, [float(a) for a in alpha]), alpha

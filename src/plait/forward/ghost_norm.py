@@ -31,7 +31,7 @@ def ghost_forward(layer: _BatchNorm, size: int, active: Callable[[nn.Module], bo
     if not active(layer) or len(inputs) < 2 * size:
         output: Tensor = type(layer).forward(layer, inputs)
         return output
-    layer._check_input_dim(inputs)  # type: ignore[no-untyped-call]
+    layer._check_input_dim(inputs)
     tracks = layer.track_running_stats and layer.running_mean is not None
     mean, variance = (layer.running_mean, layer.running_var) if tracks else (None, None)
     parts = []

@@ -47,7 +47,7 @@ def pixelwise_clipped(image: Tensor, bound: float, channels: int = 1, norm: Norm
     """
     passed = image.view_as(image)
     if passed.requires_grad:
-        passed.register_hook(lambda g: clip_pixels(g, bound, channels, norm))  # type: ignore[no-untyped-call]
+        passed.register_hook(lambda g: clip_pixels(g, bound, channels, norm))
     return passed
 
 
@@ -105,9 +105,7 @@ class PixelwiseGradientClipping(Gradient):
                 )
             if image.requires_grad:
                 bound = self.bound * (now.share or 1 / len(image))
-                image.register_hook(  # type: ignore[no-untyped-call]
-                    lambda g: clip_pixels(g, bound, self.channels, self.norm)
-                )
+                image.register_hook(lambda g: clip_pixels(g, bound, self.channels, self.norm))
 
         handles = [layer.register_forward_hook(hook) for _, layer in layers(model, self.where, nn.Module)]
         try:

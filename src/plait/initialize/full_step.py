@@ -119,7 +119,7 @@ class LoRASB(Start):
                 for name, layer, _ in group:
                     weight: nn.Parameter = layer.weight  # type: ignore[assignment]
                     weight.requires_grad_(True)
-                    hook = weight.register_post_accumulate_grad_hook(partial(add, name=name))  # type: ignore[no-untyped-call]
+                    hook = weight.register_post_accumulate_grad_hook(partial(add, name=name))
                     handles.append(hook)
                 for batch in now.calibration(self.batches):
                     now.batch = batch

@@ -88,7 +88,7 @@ class GradientStart(Start):
                     sketches[name] = SumSVD(matrix_shape(layer), self._width(adapter), seed, weight.device)
                     weight.requires_grad_(True)
                     hook = partial(fold_in, name=name, layer=layer)
-                    handles.append(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+                    handles.append(weight.register_post_accumulate_grad_hook(hook))
                 self._passes(model, now, sketches)
             finally:
                 for handle in handles:

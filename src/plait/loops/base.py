@@ -122,7 +122,7 @@ class Problem:
             (x.grad,) = torch.autograd.grad(value, x)
             return value.detach()
 
-        rule.step(closure)  # type: ignore[no-untyped-call]
+        rule.step(closure)
         return x.detach()
 
 

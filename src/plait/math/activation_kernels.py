@@ -15,7 +15,7 @@ from plait.math.logit_kernels import ONE, ZERO, exp_below_zero
 HOW: Any = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}, "nogil": True, "cache": True}
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def norm(first: int, last: int, x: Any, weight: Any, eps: float, y: Any, inverse: Any) -> None:
     """Fill inverse[i] = 1 / sqrt(mean(x_i^2) + eps) and y_i = weight * inverse_i * x_i."""
     width = x.shape[1]
@@ -29,7 +29,7 @@ def norm(first: int, last: int, x: Any, weight: Any, eps: float, y: Any, inverse
             into[j] = row[j] * scale * weight[j]
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def norm_backward(first: int, last: int, grad: Any, x: Any, weight: Any, inverse: Any, into: Any) -> None:
     """Fill the gradient in x of sum(grad * y)."""
     width = x.shape[1]
@@ -43,13 +43,13 @@ def norm_backward(first: int, last: int, grad: Any, x: Any, weight: Any, inverse
             slope[j] = above[j] * weight[j] * scale - row[j] * shrink
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def _sigmoid(z: Any) -> Any:
     small = exp_below_zero(-abs(z))
     return (ONE if z >= ZERO else small) / (ONE + small)
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def gated(first: int, last: int, gate: Any, up: Any, y: Any) -> None:
     """Fill y = silu(gate) * up."""
     for i in range(first, last):
@@ -58,7 +58,7 @@ def gated(first: int, last: int, gate: Any, up: Any, y: Any) -> None:
             into[j] = z[j] * _sigmoid(z[j]) * u[j]
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def gated_backward(first: int, last: int, grad: Any, gate: Any, up: Any, into_gate: Any, into_up: Any) -> None:
     """Fill the gradients in gate and up of sum(grad * y)."""
     for i in range(first, last):

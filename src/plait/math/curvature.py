@@ -157,7 +157,7 @@ def _root(output: Tensor, one: Any, now: Any) -> list[Tensor]:
 
     free = output.to(torch.promote_types(output.dtype, torch.float32)).reshape(-1)
     with differentiable_twice():
-        bent = torch.autograd.functional.hessian(misfit, free)  # type: ignore[no-untyped-call]
+        bent = torch.autograd.functional.hessian(misfit, free)
     values, vectors = torch.linalg.eigh(bent.double())
     kept = values > values.abs().max() * 1e-6
     return [

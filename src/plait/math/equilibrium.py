@@ -161,7 +161,7 @@ def asymmetry(layer: Equilibrium, state: Tensor, inputs: Tensor, directions: Ten
     def product(direction: Tensor) -> Tensor:
         found: Tensor = torch.autograd.functional.jvp(
             lambda s: layer.field(s, inputs), state, direction, create_graph=True
-        )[1]  # type: ignore[no-untyped-call]
+        )[1]
         return found
 
     once = product(directions)

@@ -33,7 +33,7 @@ F0, F1, PART = np.float32(0), np.float32(1), np.float32(UNIFORM)
 def _address(kind: Any) -> Any:
     """Return a function (address) -> pointer to numbers of that kind."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def at(context: Any, address: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -49,7 +49,7 @@ floats_at, halves_at, bytes_at = _address(types.float32), _address(types.int16),
 def _word(name: str) -> Any:
     """Return an operation on two words of 32 bits that stays in 32 bits."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def operation(context: Any, one: Any, other: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return getattr(builder, name)(*arguments)
@@ -64,7 +64,7 @@ both, either, differ = _word("and_"), _word("or_"), _word("xor")
 left, right = _word("shl"), _word("lshr")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def bits_of(context: Any, number: Any) -> Any:
     """Return the bits of a float32 as an int32."""
 
@@ -74,7 +74,7 @@ def bits_of(context: Any, number: Any) -> Any:
     return types.int32(types.float32), code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def float_of(context: Any, bits: Any) -> Any:
     """Return the float32 that an int32 holds the bits of."""
 
@@ -84,7 +84,7 @@ def float_of(context: Any, bits: Any) -> Any:
     return types.float32(types.int32), code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def word_of(context: Any, number: Any) -> Any:
     """Return a whole number's lowest 32 bits, zeros before them if it has fewer."""
 
@@ -97,7 +97,7 @@ def word_of(context: Any, number: Any) -> Any:
 def _narrow(kind: Any) -> Any:
     """Return a function (word) -> its lowest bits."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def low(context: Any, word: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.trunc(arguments[0], ir.IntType(kind.bitwidth))
@@ -110,7 +110,7 @@ def _narrow(kind: Any) -> Any:
 half_of, byte_of = _narrow(types.int16), _narrow(types.uint8)
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def hashed(key: Any, index: Any) -> Any:
     """Return 32 random bits for an element: two states take 16 of them each."""
     x = add(key, word_of(index))
@@ -119,13 +119,13 @@ def hashed(key: Any, index: Any) -> Any:
     return differ(x, right(x, HALF))
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def widened(stored: Any) -> Any:
     """Return the float32 of a bfloat16, held as int16."""
     return float_of(left(word_of(stored), HALF))
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def narrowed(number: Any) -> Any:
     """Return the nearest bfloat16, ties to even, as int16."""
     bits = bits_of(number)
@@ -133,7 +133,7 @@ def narrowed(number: Any) -> Any:
     return half_of(right(rounded if both(bits, INFINITE) != INFINITE else bits, HALF))
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def drawn(number: Any, random: Any) -> Any:
     """Return the bfloat16 below or above, at random (16 bits), as int16."""
     bits = bits_of(number)
@@ -158,7 +158,7 @@ def _decoder(with_sign: bool) -> Any:
     mask, offset = np.int32(127 if with_sign else 255), _exponent(127 - (127 + exponents) * shift)
     part = np.float32(1 / base)
 
-    @njit(**HOW)  # type: ignore[untyped-decorator]
+    @njit(**HOW)
     def decode(codes: Any, scale: Any, values: Any) -> None:
         slope = scale - scale * part
         start = scale * part - slope
@@ -184,7 +184,7 @@ def _encoder(with_sign: bool) -> Any:
     rise, start = np.float32(base / (base - 1)), np.float32(1 - 1 / (base - 1))
     lowest, high = _exponent(shift * (exponents + 1) - 127), _exponent(shift * exponents + 127)
 
-    @njit(**HOW)  # type: ignore[untyped-decorator]
+    @njit(**HOW)
     def encode(values: Any, most: Any, random: Any, which: Any, codes: Any) -> None:
         inverse = top / most if most != F0 else F0
         for i in range(codes.size):
@@ -219,7 +219,7 @@ encode_signed, encode_positive = _encoder(True), _encoder(False)
 TOP_SIGNED, TOP_POSITIVE = np.float32(_code(True)[3]), np.float32(_code(False)[3])
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def unpack(codes: Any, scale: Any, values: Any) -> None:
     """Fill values with what the 8-bit codes of one block mean; a scale below 0 says that they have signs."""
     if bits_of(scale) < ZERO:
@@ -228,7 +228,7 @@ def unpack(codes: Any, scale: Any, values: Any) -> None:
         decode_positive(codes, scale, values)
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def extent(values: Any) -> tuple[Any, Any]:
     """Return the largest magnitude of a block, and whether a number in it is below 0."""
     most, below = ZERO, ZERO
@@ -240,14 +240,14 @@ def extent(values: Any) -> tuple[Any, Any]:
     return float_of(most), below < ZERO
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def draw(key: Any, random: Any) -> None:
     """Fill `random` with the words of consecutive elements, the first of which has that key."""
     for i in range(random.size):
         random[i] = hashed(key, i)
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def pack(values: Any, codes: Any, random: Any, which: Any) -> Any:
     """Fill the 8-bit codes of one block, rounded by 16 of the random bits (from 0 or 16 on); return its scale."""
     most, signed = extent(values)
@@ -258,7 +258,7 @@ def pack(values: Any, codes: Any, random: Any, which: Any) -> Any:
     return most / TOP_POSITIVE
 
 
-@njit(error_model="numpy", fastmath={"contract"})  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", fastmath={"contract"})
 def exp(x: Any) -> Any:
     """e^x within 1e-7 as 2^k e^r, |r| <= ln(2) / 2, x held to [-87, 88]: the library's exp would not be vectorized."""
     x = min(max(x, np.float32(-87)), np.float32(88))

@@ -28,7 +28,7 @@ LOWEST, ZERO, ONE = np.float32(-87.0), np.float32(0), np.float32(1)
 NOTHING: Any = np.float32(-np.inf)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _read(context: Any, stored: Any) -> Any:
     """Return a stored number as float32; an int16 holds a bfloat16."""
 
@@ -41,7 +41,7 @@ def _read(context: Any, stored: Any) -> Any:
     return types.float32(stored), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _stored(context: Any, number: Any, like: Any) -> Any:
     """Return a float32 in the type of `like`, rounded to the nearest bfloat16 (ties to even) for an int16."""
 
@@ -57,7 +57,7 @@ def _stored(context: Any, number: Any, like: Any) -> Any:
     return like(types.float32, like), generate
 
 
-@njit(error_model="numpy", fastmath={"contract"}, cache=True)  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", fastmath={"contract"}, cache=True)
 def exp_below_zero(x: Any) -> Any:
     """exp(x) for x <= 0 within 1e-7 relative, never below exp(-87); NaN stays NaN."""
     x = LOWEST if x < LOWEST else x
@@ -68,13 +68,13 @@ def exp_below_zero(x: Any) -> Any:
     return (q * (r * r) + r + ONE) * float_of((bits_of(shifted) + ROUNDER_BITS) << SHIFT)
 
 
-@njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", cache=True)
 def _ordered(bits: Any) -> Any:
     """Map float bits to integers of the same order, and back: whole numbers have a vectorized maximum."""
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
-@njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, nogil=True, cache=True)
 def forward(first: int, last: int, z: Any, target: Any, ignore: int, out: Any, argmax: Any) -> None:
     """Fill out[i] = (log sum exp(z_i - max z_i), z_i[target_i], mean z_i, max z_i) and argmax; 0 where ignored."""
     classes = z.shape[1]
@@ -112,7 +112,7 @@ def forward(first: int, last: int, z: Any, target: Any, ignore: int, out: Any, a
         out[i, 2], out[i, 3] = mean / classes, top
 
 
-@njit(error_model="numpy", fastmath={"contract"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", fastmath={"contract"}, nogil=True, cache=True)
 def backward(
     first: int, last: int, z: Any, target: Any, ignore: int, out: Any, argmax: Any, slopes: Any, into: Any, inside: bool
 ) -> None:

@@ -225,8 +225,8 @@ def hold(layer: nn.Module, weight: nn.Parameter) -> None:
     """Put a quantized weight into a layer, whose state dict then has the codes: weight.codes, weight.scales, ..."""
     layer.weight = weight
     if _save not in layer._state_dict_hooks.values():
-        layer.register_state_dict_post_hook(_save)  # type: ignore[no-untyped-call]
-        layer.register_load_state_dict_pre_hook(_load)  # type: ignore[no-untyped-call]
+        layer.register_state_dict_post_hook(_save)
+        layer.register_load_state_dict_pre_hook(_load)
 
 
 def release(layer: nn.Module, weight: nn.Parameter) -> None:

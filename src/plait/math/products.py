@@ -20,7 +20,7 @@ WORTH_FROM = 2**22
 @cache
 def _onednn() -> Any | None:
     """Return oneDNN's linear layer; None where this torch was built without it."""
-    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    built: bool = torch.backends.mkldnn.is_available()
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if built else None
 
 

@@ -14,7 +14,7 @@ HOW: Any = {"error_model": "numpy", "nogil": True, "cache": True}
 """Without fastmath: what the kernels compute is bitwise what torch's own calls do."""
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def numbers(first: int, last: int, into: Any, codes: Any, scales: Any, zeros: Any, pairs: Any) -> None:
     """Fill into[i] with (pairs[byte] - zero) * scale for the bytes [groups, width / 2] of row i; zeros may be empty."""
     for i in range(first, last):
@@ -26,7 +26,7 @@ def numbers(first: int, last: int, into: Any, codes: Any, scales: Any, zeros: An
                 into[i, at + 2 * k + 1] = (pairs[row[k], 1] - zero) * scale
 
 
-@njit(**HOW)  # type: ignore[untyped-decorator]
+@njit(**HOW)
 def nearest(first: int, last: int, groups: Any, inverse: Any, between: Any, codes: Any) -> None:
     """Fill codes[i] with how many of `between` lie below groups[i] * inverse[i]."""
     for i in range(first, last):

@@ -14,49 +14,49 @@ from plait.math.storage import UNIFORM as _UNIFORM
 UNIFORM = tl.constexpr(_UNIFORM)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def sqrt(x: tl.tensor) -> tl.tensor:
     """Return the square root."""
     return tl.sqrt(x)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def exp(x: tl.tensor) -> tl.tensor:
     """Return e^x."""
     return tl.exp(x)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def abs(x: tl.tensor) -> tl.tensor:
     """Return the magnitude."""
     return tl.abs(x)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def maximum(x: tl.tensor, y: tl.tensor) -> tl.tensor:
     """Return the larger of two."""
     return tl.maximum(x, y)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def minimum(x: tl.tensor, y: tl.tensor) -> tl.tensor:
     """Return the smaller of two."""
     return tl.minimum(x, y)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def where(condition: tl.tensor, yes: tl.tensor, no: tl.tensor) -> tl.tensor:
     """Return `yes` where the condition holds, else `no`."""
     return tl.where(condition, yes, no)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def sign(x: tl.tensor) -> tl.tensor:
     """Return -1, 0 or 1; NaN stays NaN."""
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def hashed(key: tl.tensor, index: tl.tensor) -> tl.tensor:
     """Return 32 random bits for each element: two states take 16 of them each."""
     x = key + index.to(tl.uint32)
@@ -65,13 +65,13 @@ def hashed(key: tl.tensor, index: tl.tensor) -> tl.tensor:
     return x ^ (x >> 16)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def widened(stored: tl.tensor) -> tl.tensor:
     """Return the float32 of a bfloat16, held as uint16."""
     return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def narrowed(number: tl.tensor) -> tl.tensor:
     """Return the nearest bfloat16, ties to even, as uint16."""
     bits = number.to(tl.uint32, bitcast=True)
@@ -79,7 +79,7 @@ def narrowed(number: tl.tensor) -> tl.tensor:
     return (tl.where(finite, bits + 0x7FFF + ((bits >> 16) & 1), bits) >> 16).to(tl.uint16)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def drawn(number: tl.tensor, random: tl.tensor) -> tl.tensor:
     """Return the bfloat16 below or above, at random (16 bits), as uint16."""
     bits = number.to(tl.uint32, bitcast=True)
@@ -87,7 +87,7 @@ def drawn(number: tl.tensor, random: tl.tensor) -> tl.tensor:
     return (tl.where(finite, bits + random, bits) >> 16).to(tl.uint16)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def decode(stored: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """Return what 8-bit codes [n, 256] mean; a scale [n, 1] below 0 says that they have signs."""
     signed = scale.to(tl.int32, bitcast=True) < 0
@@ -104,7 +104,7 @@ def decode(stored: tl.tensor, scale: tl.tensor) -> tl.tensor:
     return tl.where(signed & (stored > 127), -value, value)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def encode(value: tl.tensor, inside: tl.tensor, random: tl.tensor) -> tl.tensor:
     """Return 8-bit codes and scales [n, 1] of values [n, 256], rounded by 16 random bits; `inside` a row."""
     magnitude = tl.where(inside, tl.abs(value), 0.0)

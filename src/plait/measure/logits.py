@@ -19,7 +19,7 @@ from plait.measure.base import curve
 from plait.method import Method, Now, method
 
 
-class _Softmax(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Softmax(TorchDispatchMode):
     """Note what goes into every softmax while an attention layer runs; -inf and a mask's lowest number do not count."""
 
     def __init__(self) -> None:

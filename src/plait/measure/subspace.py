@@ -60,7 +60,7 @@ class SubspaceAngle(Method):
         """Return the angles at the present weights."""
         with evaluating(model), torch.enable_grad():
             for batch in now.calibration(self.batches):
-                mean_misfit(model, batch, now).backward()  # type: ignore[no-untyped-call]
+                mean_misfit(model, batch, now).backward()
         rule: Any = now.optimizer
         named = {id(p) for p in trained(model, self.where)}
         angles: list[Tensor] = []

@@ -84,7 +84,7 @@ class Allocated(Parametrization):
 
     def _shown(self, name: str, tensor: Tensor) -> Tensor:
         leaf, seen = tensor.detach().requires_grad_(), self.seen
-        leaf.register_hook(lambda gradient: None if seen is None else seen(name, gradient.detach()))  # type: ignore[no-untyped-call]
+        leaf.register_hook(lambda gradient: None if seen is None else seen(name, gradient.detach()))
         return leaf
 
     def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:

@@ -74,7 +74,7 @@ def record_origin(model: nn.Module) -> None:
     """Note what the base is, before the first adapter is put on it."""
     if not _adapted(model):
         if not hasattr(model, "_plait_origin"):
-            model.register_load_state_dict_pre_hook(_loading)  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_pre_hook(_loading)
         model._plait_origin = _now(model)  # type: ignore[assignment]
         model._plait_buffers = _buffers(model)  # type: ignore[assignment]
 

@@ -177,7 +177,7 @@ class SparseDelta(Parametrization):
         """Return W + S, rounded once to the precision of W."""
         made = placed(weight, self.delta(weight), self.support)
         if self.seen is not None and made.requires_grad:
-            made.register_hook(self._show)  # type: ignore[no-untyped-call]
+            made.register_hook(self._show)
         return made
 
     def _show(self, gradient: Tensor) -> None:

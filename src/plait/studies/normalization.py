@@ -129,7 +129,7 @@ def _trained(
     for step in range(steps):
         rows = torch.randint(0, 1200, (batch_size,), generator=generator)
         model.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
         length = float(weight.detach().norm())
         if (step + 1) * 10 // steps != step * 10 // steps:
             rates.append(rate / length**2)

@@ -80,7 +80,7 @@ def peak_resident() -> int:
 
 
 def _on_cuda() -> bool:
-    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())
 
 
 def forget_peak() -> bool:
@@ -94,7 +94,7 @@ def forget_peak() -> bool:
     return True
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors made inside it that are alive, and their highest sum: what torch asked for.
 
     It sees every tensor that an operation returns, not the scratch room that a kernel takes and frees inside.
@@ -305,7 +305,7 @@ def load_libraries(methods: Sequence[Any]) -> None:
         layer = nn.Sequential(nn.Linear(64, 64))  # large enough for states in 8 bits
         rule = optimizer_for(methods, layer)
         loss: Tensor = nn.functional.cross_entropy(layer(torch.zeros(8, 64)), torch.zeros(8, dtype=torch.long))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         rule.step()
 
 
