@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from plait.errors import BadInput
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+Kinds = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
+"""Which layers: those of a type, of one of several types, or those of which a predicate is true."""
 
 
 def is_transformers_conv1d(layer: nn.Module) -> bool:
@@ -45,18 +48,16 @@ def _pattern(where: str) -> re.Pattern[str]:
         raise BadInput(f"where is {where!r}, which is no regular expression ({problem}): mend it.") from None
 
 
-def layers(model: nn.Module, where: str = ".*", kinds: object = is_linear_map) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, layer) of the layers whose name matches, in the model's order; `kinds` is a type, a tuple of types
-    or a predicate.
-    """
+def layers(model: nn.Module, where: str = ".*", kinds: Kinds = is_linear_map) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, layer) of the layers of some kinds whose name matches, in the model's order."""
     for name, layer in model.named_modules():
-        fits = isinstance(layer, kinds) if isinstance(kinds, type | tuple) else kinds(layer)  # type: ignore[operator]
+        fits = isinstance(layer, kinds) if isinstance(kinds, type | tuple) else kinds(layer)
         if fits and matches(where, name) and ".plait" not in f".{name}":
             yield name, layer
 
 
 def require_layers(
-    method: object, model: nn.Module, where: str = ".*", kinds: object = is_linear_map
+    method: object, model: nn.Module, where: str = ".*", kinds: Kinds = is_linear_map
 ) -> list[tuple[str, nn.Module]]:
     """Return the layers that match, or raise BadInput naming the nearest names that would."""
     found = list(layers(model, where, kinds))
@@ -124,6 +125,15 @@ def repeated_layers(shapes: Mapping[str, Any]) -> Layers:
     return found
 
 
+def own_weight(layer: nn.Module) -> Tensor:
+    """Return a layer's own weight, in its own shape, without what parametrizations make of it.
+
+    It is `layer.weight`, with its type: to a type checker any attribute of a module may be a module.
+    """
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
+
+
 def matrix(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a layer's weight as a matrix [out, in * kernel], a view where possible.
 
@@ -144,8 +154,7 @@ def unmatrix(layer: nn.Module, flat: Tensor, like: Tensor) -> Tensor:
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """Return (out, in * kernel), the shape of `matrix(layer, layer.weight)`."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    rows, columns = matrix(layer, weight).shape
+    rows, columns = matrix(layer, own_weight(layer)).shape
     return rows, columns
 
 

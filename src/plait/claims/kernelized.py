@@ -7,6 +7,7 @@ from torch import nn
 
 from plait.claims.base import claim
 from plait.claims.parametrize import Task, beside, rotated
+from plait.layers import own_weight
 from plait.method import Method, Now, method
 from plait.parametrize.base import attached
 from plait.parametrize.kernelized import SNELLA, strongest
@@ -43,7 +44,7 @@ class _Cut(Method):
         """Write the cut updates into the weights."""
         for _, layer, part in list(attached(model, LowRank)):
             update = part.scale * part.B @ part.A
-            layer.weight.add_(strongest(update, round(KEPT * update.numel())))  # type: ignore[operator]
+            own_weight(layer).add_(strongest(update, round(KEPT * update.numel())))
             part.B.zero_()
         return model
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import is_linear_map, layers, require_layers
+from plait.layers import is_linear_map, layers, own_weight, require_layers
 from plait.method import Method, Now, method
 
 
@@ -28,11 +28,11 @@ class Constraint(Method):
         """Return the nearest weight that obeys."""
         raise NotImplementedError
 
-    def targets(self, model: nn.Module, now: Now) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    def targets(self, model: nn.Module, now: Now) -> Iterator[tuple[str, nn.Module, Tensor]]:
         """Yield (name, layer, weight) of the trained weights, a shared one once; refuse if there never is one."""
         seen: set[int] = set()
         for name, layer in layers(model, self.where, self.kinds):
-            weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+            weight = own_weight(layer)
             if weight.requires_grad and id(weight) not in seen:
                 seen.add(id(weight))
                 yield name, layer, weight

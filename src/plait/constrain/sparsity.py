@@ -11,7 +11,7 @@ from plait.catalogue import paper
 from plait.constrain.base import Constraint
 from plait.errors import BadInput
 from plait.fields import Count, Fraction
-from plait.layers import CONVOLUTIONS, inputs_last, is_transformers_conv1d
+from plait.layers import CONVOLUTIONS, inputs_last, is_transformers_conv1d, own_weight
 from plait.math.projections import largest_of_group
 from plait.method import Now, method
 
@@ -46,7 +46,7 @@ class NMMask(Constraint):
         def divides(layer: nn.Module) -> bool:
             if not (isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or is_transformers_conv1d(layer)):
                 return False
-            return inputs_last(layer, layer.weight).shape[-1] % self.m == 0  # type: ignore[arg-type]
+            return inputs_last(layer, own_weight(layer)).shape[-1] % self.m == 0
 
         return divides
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plait.catalogue import paper
 from plait.fields import Fraction, Positive, Range
-from plait.layers import require_layers
+from plait.layers import own_weight, require_layers
 from plait.math.generalized_gaussian import quantiles
 from plait.math.minifloat import decode, encode
 from plait.method import Method, Now, method
@@ -34,7 +34,7 @@ class Rewrite(Method):
         """Yield the weights of the layers, each once."""
         seen = set[int]()
         for _, layer in require_layers(self, model, self.where):
-            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight = own_weight(layer)
             if id(weight) not in seen:
                 seen.add(id(weight))
                 yield weight

@@ -8,7 +8,7 @@ from torch import nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
-from plait.layers import CONVOLUTIONS, inputs_last, is_transformers_conv1d, require_layers
+from plait.layers import CONVOLUTIONS, inputs_last, is_transformers_conv1d, own_weight, require_layers
 from plait.math.projections import largest_of_group
 from plait.method import Method, Now, method
 from plait.parametrize.folding import fold
@@ -43,7 +43,7 @@ class MagnitudePruning(Method):
     def _divides(self, layer: nn.Module) -> bool:
         if not (isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or is_transformers_conv1d(layer)):
             return False
-        return inputs_last(layer, layer.weight).shape[-1] % self.m == 0  # type: ignore[arg-type]
+        return inputs_last(layer, own_weight(layer)).shape[-1] % self.m == 0
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
         """Refuse targets that match nothing."""
@@ -54,6 +54,6 @@ class MagnitudePruning(Method):
         """Return the pruned model."""
         fold(model)
         for _, layer in require_layers(self, model, self.where, self._divides):
-            view = inputs_last(layer, layer.weight)  # type: ignore[arg-type]
+            view = inputs_last(layer, own_weight(layer))
             view.mul_(largest_of_group(view, self.n, self.m))
         return model

@@ -12,7 +12,16 @@ from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Positive
 from plait.gradient.base import Gradient
-from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, layers, matrix, require_layers, unmatrix
+from plait.layers import (
+    CONVOLUTIONS,
+    is_linear_map,
+    is_transformers_conv1d,
+    layers,
+    matrix,
+    own_weight,
+    require_layers,
+    unmatrix,
+)
 from plait.method import Ask, Method, Now, method
 from plait.sharding import full, gather, like
 
@@ -159,7 +168,7 @@ class TrAct(Gradient):
     @torch.no_grad()
     def rewrite(self, name: str, layer: nn.Module, rows: Rows) -> None:
         """Replace the gradient of one layer's weight."""
-        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+        weight = own_weight(layer)
         if weight.grad is None or not rows.count:
             raise BadInput(
                 f"TrAct saw no gradient of '{name}': train its own weight (adapters have another), uncompiled, or "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import is_linear_map, matches, matrix, unmatrix, weight_identity
+from plait.layers import is_linear_map, matches, matrix, own_weight, unmatrix, weight_identity
 from plait.math.packed import Packed, numbers, quantized_elsewhere, unrounded
 from plait.method import Method, Now, method
 from plait.parametrize.base import Parametrization, Parametrize, attached, set_weight, stack
@@ -156,14 +156,14 @@ def weight_matrix(layer: nn.Module) -> Iterator[Tensor]:
 
     Of a quantized weight it is what that was before, if this is held; a changed one is quantized anew.
     """
-    held: Tensor = layer.weight  # type: ignore[assignment]
+    held = own_weight(layer)
     if isinstance(held, Packed) or quantized_elsewhere(held):
         before = matrix(layer, numbers(unrounded(held)))
         yield (after := before.clone())
         if not torch.equal(before, after):
             set_weight(layer, after)
         return
-    weight: Tensor = layer.weight.data  # type: ignore[assignment]
+    weight = held.data
     flat = matrix(layer, weight)
     yield flat
     if flat.data_ptr() != weight.data_ptr():  # a convolution in channels-last memory cannot be seen as a matrix

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix_shape, require_layers
+from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix_shape, own_weight, require_layers
 from plait.method import Method, Now, method
 from plait.parametrize.base import Adapter, set_weight
 
@@ -41,7 +41,7 @@ class FreshStart(Method):
         """Draw each weight and bias that is trained."""
         drawn = set[int]()
         for _, layer in require_layers(self, model, self.where, is_map):
-            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight = own_weight(layer)
             if not weight.requires_grad or id(weight) in drawn:
                 continue
             drawn.add(id(weight))

@@ -23,7 +23,7 @@ from plait.initialize.base import (
     refuse_stacked,
     undisturbed,
 )
-from plait.layers import matrix, matrix_shape
+from plait.layers import matrix, matrix_shape, own_weight
 from plait.math.svd import exact_svd, sketched_svd
 from plait.method import Now, method
 from plait.parametrize.core import Core
@@ -117,7 +117,7 @@ class LoRASB(Start):
         with undisturbed(model, now):
             try:
                 for name, layer, _ in group:
-                    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+                    weight = own_weight(layer)
                     weight.requires_grad_(True)
                     hook = weight.register_post_accumulate_grad_hook(partial(add, name=name))
                     handles.append(hook)

@@ -28,7 +28,7 @@ from plait.initialize.base import (
     undisturbed,
     weight_matrix,
 )
-from plait.layers import matches, matrix, matrix_shape
+from plait.layers import matches, matrix, matrix_shape, own_weight
 from plait.math.svd import OVERSAMPLE, SumSVD, Triplets
 from plait.method import Ask, Now, method
 from plait.parametrize.base import Parametrization, attached
@@ -83,7 +83,7 @@ class GradientStart(Start):
             try:
                 numbers = {name: number for number, (name, _, _) in enumerate(chosen)}
                 for name, layer, adapter in chosen if group is None else group:
-                    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+                    weight = own_weight(layer)
                     seed = now.generator.initial_seed() % 2**31 + numbers[name]
                     sketches[name] = SumSVD(matrix_shape(layer), self._width(adapter), seed, weight.device)
                     weight.requires_grad_(True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, NonNegative
-from plait.layers import is_linear_map, matrix_shape
+from plait.layers import is_linear_map, matrix_shape, own_weight
 from plait.method import Method, Now, method
 from plait.parametrize.base import Parametrization, Parametrize, attach, refuse_shared, stack
 from plait.parametrize.low_rank import adapter_dtype
@@ -185,7 +185,7 @@ class MixtureGrowth(Parametrize):
         for shape, numbers in groups.items():
             for first in range(0, len(numbers), self.share):
                 group = numbers[first : first + self.share]
-                weight: Tensor = targets[group[0]][1].weight  # type: ignore[assignment]
+                weight = own_weight(targets[group[0]][1])
                 kind, count = adapter_dtype(weight), len(group) * self.templates
                 drawn = torch.randn(count, *shape, dtype=kind, device=weight.device)
                 size = float(weight.detach().float().std()) if weight.numel() > 1 else 0.0
@@ -205,7 +205,7 @@ class MixtureGrowth(Parametrize):
             held = [state[f"{at}.templates.0"] for state in states]
             shared = next((used for known, used in sets if all(map(torch.equal, known, held))), [])
             if not shared:
-                weight: Tensor = layer.weight  # type: ignore[assignment]
+                weight = own_weight(layer)
                 shared = [nn.Parameter(t.to(weight.device, adapter_dtype(weight))) for t in held]
                 sets.append((held, shared))
             members = [state[f"{at}.coefficients"][0] for state in states]

@@ -14,7 +14,7 @@ from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction
 from plait.initialize.base import SHARE, averaged, groups, model_bytes, sharers, undisturbed
-from plait.layers import matches, matrix_shape, weight_identity
+from plait.layers import matches, matrix_shape, own_weight, weight_identity
 from plait.method import Method, Now, method
 from plait.parametrize.allocated import Allocated
 from plait.parametrize.base import Adapter, attached
@@ -92,7 +92,7 @@ class SPT(Adapter):
 
     def numbers(self, model: nn.Module) -> int:
         """Return how many numbers may be trained."""
-        sizes = [layer.weight.numel() + _bias_size(layer) for _, layer in self.targets(model)]  # type: ignore[operator]
+        sizes = [own_weight(layer).numel() + _bias_size(layer) for _, layer in self.targets(model)]
         return int(self.share * sum(sizes))
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:

@@ -24,7 +24,7 @@ from plait.errors import BadInput
 from plait.integrations.peft_files import ORIGIN, read_files, read_origin
 from plait.integrations.peft_prompts import KINDS as SOFT
 from plait.integrations.peft_prompts import load_prompt, save_prompt, untie_from_others, whole_layers
-from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, matrix_shape
+from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, matrix_shape, own_weight
 from plait.parametrize.base import Parametrization, attach, stack
 from plait.parametrize.freeze import freeze, mark_fresh
 from plait.parametrize.lean import spare
@@ -316,7 +316,7 @@ def _from_peft(name: str, layer: nn.Module, held: Mapping[str, Tensor], config: 
 
 
 def _parametrizations(layer: nn.Module, factors: Factors) -> Iterator[tuple[str, Parametrization]]:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     shape = (len(factors.b), factors.a.shape[1])
     low = LowRank(torch.empty(shape, dtype=weight.dtype, device="meta"), 1, factors.scale).to(weight.device)
     low.set(factors.a, factors.b)

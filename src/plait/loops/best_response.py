@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from plait.catalogue import paper
 from plait.fields import Count, NonNegative, Positive
-from plait.layers import CONVOLUTIONS, is_transformers_conv1d
+from plait.layers import CONVOLUTIONS, is_transformers_conv1d, own_weight
 from plait.loops.tuning import FURTHEST, Tuner, adam_step, knobs, set_numbers
 from plait.method import Ask, Method, Now, method
 from plait.parametrize.base import Parametrization, Parametrize, attach, attached, stack
@@ -116,7 +116,7 @@ class STN(Tuner, Parametrize):
         from plait.layers import matrix
 
         for _, layer in self.targets(model):
-            attach(layer, "stn", self.build(layer, matrix(layer, layer.weight)))  # type: ignore[arg-type]
+            attach(layer, "stn", self.build(layer, matrix(layer, own_weight(layer))))
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
         """Refuse targets that match nothing, and a list in which nothing is to be tuned."""

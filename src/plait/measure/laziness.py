@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from plait.batch import Batch
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
-from plait.layers import evaluating, is_linear_map, layers, matrix, require_layers
+from plait.layers import Kinds, evaluating, is_linear_map, layers, matrix, require_layers
 from plait.math.logits import dense
 from plait.math.per_example import per_example_jacobians
 from plait.measure.base import remember, remembered, untouched
@@ -149,7 +148,7 @@ class Laziness(Method):
     @torch.no_grad()
     def representation(self, model: nn.Module, batch: Batch, now: Now) -> Tensor:
         """Return what enters the layer, by example: [examples, features], the mean over tokens where there are any."""
-        kinds: Any = nn.Module if self.layer else is_linear_map
+        kinds: Kinds = nn.Module if self.layer else is_linear_map
         seen: list[Tensor] = []
 
         def keep(layer: nn.Module, inputs: tuple[Tensor, ...], into: list[Tensor]) -> None:

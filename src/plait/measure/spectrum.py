@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction
-from plait.layers import layers, matrix, require_layers
+from plait.layers import layers, matrix, own_weight, require_layers
 from plait.math.svd import gram_svd
 from plait.method import Method, Now, method
 from plait.parametrize.base import dense_weight, stack, untouched_weight
@@ -68,7 +68,7 @@ class IntruderDimensions(Method):
         """Copy the weights that are trained themselves."""
         held = now.of(self)
         for name, layer in layers(model, self.where):
-            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight = own_weight(layer)
             if weight.requires_grad:
                 held[name] = untouched_weight(layer).detach().clone()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix
+from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix, own_weight
 from plait.parametrize.base import Parametrization, stack
 from plait.parametrize.low_rank import adapter_dtype, low_rank_output
 from plait.parametrize.sparse import placed, places, recomputed_output
@@ -108,7 +108,7 @@ class Allocated(Parametrization):
         if not (isinstance(layer, nn.Linear) or is_transformers_conv1d(layer)):
             return None
         if stack(layer)[0] is self:
-            weight = matrix(layer, layer.weight)  # type: ignore[arg-type]
+            weight = matrix(layer, own_weight(layer))
             return recomputed_output(layer, inputs, self.values, self.support, weight=weight, bias=layer.bias)
         branch = recomputed_output(layer, inputs, self.values, self.support)
         return None if branch is None else (base := below()) + branch.to(base.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plait.errors import BadInput
-from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix_shape
+from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix_shape, own_weight
 from plait.parametrize.base import Parametrization, stack
 from plait.parametrize.low_rank import adapter_dtype, low_rank_branch, without_padding
 from plait.parametrize.update import Factors
@@ -53,7 +53,7 @@ class Bank(Parametrization):
         super().__init__()
         self.name, self.choice, self.ranks = name, choice, [0] * places
         out, into = matrix_shape(layer)
-        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight = own_weight(layer)
         kind, device = adapter_dtype(weight), weight.device
         self.register_buffer("A", torch.zeros(places, rank, into, dtype=kind, device=device), persistent=False)
         self.register_buffer("B", torch.zeros(places, out, rank, dtype=kind, device=device), persistent=False)

@@ -21,6 +21,7 @@ from plait.layers import (
     is_transformers_conv1d,
     layers,
     matrix,
+    own_weight,
     refuse_names_of_others,
     require_layers,
     unmatrix,
@@ -133,7 +134,7 @@ def untouched_weight(layer: nn.Module) -> Tensor:
 
     Where no start took anything this is the weight itself; otherwise what was taken is added back, up to one rounding.
     """
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     flat, taken = matrix(layer, weight), [part for part in (p.taken() for p in stack(layer)) if part is not None]
     return unmatrix(layer, (flat + torch.stack(taken).sum(0)).to(weight.dtype), weight) if taken else weight
 
@@ -144,7 +145,7 @@ def set_weight(layer: nn.Module, flat: Tensor) -> None:
 
     A quantized weight is rounded once, from what it was before it was quantized; refused where that is not held.
     """
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     if quantized_elsewhere(weight):
         raise BadInput("a weight that another library quantized cannot be changed: quantize it with Quantize instead.")
     if isinstance(weight, Packed) and weight.original is None:
@@ -156,7 +157,7 @@ def set_weight(layer: nn.Module, flat: Tensor) -> None:
 
 
 def _compose(layer: nn.Module, chosen: list[Parametrization], sampled: bool) -> Tensor:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     if not chosen:
         return weight
     weight = readable(weight)
@@ -199,7 +200,7 @@ def _called(layer: nn.Module, inputs: Any) -> None:
 
 def attach(layer: nn.Module, name: str, parametrization: Parametrization) -> None:
     """Put a parametrization on top of a layer's stack."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     if not isinstance(getattr(layer, "plait", None), Stack):
         layer.plait = Stack()
         layer.forward = partial(_forward, layer)  # a bound method could not be pickled
@@ -231,7 +232,7 @@ def _read_by_others(model: nn.Module) -> set[str]:
 
 
 def _check_weight(title: str, name: str, layer: nn.Module) -> None:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     if weight.is_meta:
         raise BadInput(f"the weight of '{name}' is on the meta device: load the model's weights before {title}.")
     if not weight.is_floating_point():
@@ -301,7 +302,7 @@ class Parametrize(Method):
         targets = self.targets(model)
         self.prepare(model)
         for _, layer in targets:
-            weight = matrix(layer, readable(unrounded(layer.weight)))  # type: ignore[arg-type]
+            weight = matrix(layer, readable(unrounded(own_weight(layer))))
             attach(layer, type(self).__name__.lower(), self.build(layer, weight))
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
-from plait.layers import matrix
+from plait.layers import matrix_shape
 from plait.method import Method, method
 from plait.parametrize.base import Adapter, Parametrization
 from plait.parametrize.low_rank import adapter_dtype
@@ -87,7 +87,7 @@ class Bone(Adapter):
     def check(self, model: nn.Module, methods: list[Method]) -> None:
         """Refuse blocks that do not fit."""
         for name, layer in self.targets(model):
-            out, into = matrix(layer, layer.weight).shape  # type: ignore[arg-type]
+            out, into = matrix_shape(layer)
             if self.kind == "affine" and (out % self.rank or into % self.rank):
                 raise BadInput(
                     f"Bone.rank is {self.rank}, but '{name}' has a {out} x {into} matrix: give a divisor of both "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
+from plait.layers import own_weight
 from plait.math.packed import Packed, numbers, quantized_elsewhere, release, unpack
 from plait.parametrize.bank import settle_copies
 from plait.parametrize.base import dense_bias, dense_weight, detach, stack
@@ -34,7 +35,7 @@ def fold(model: nn.Module) -> nn.Module:
     for layer in list(model.modules()):
         if not stack(layer):
             continue
-        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+        weight = own_weight(layer)
         folded = numbers(dense_weight(layer)).to(weight.dtype).contiguous()
         _fold_bias(layer, uses)
         shared = uses[id(weight)] > 1

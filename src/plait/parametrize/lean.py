@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from plait.layers import own_weight
 from plait.math.products import linear
 from plait.math.threads import over_rows
 from plait.math.tracing import traced
@@ -187,7 +188,7 @@ def _norm(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     if not _keeps_history():
         plain: Tensor = type(layer).forward(layer, hidden_states)
         return plain
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     eps = _epsilon(layer)
     made: Tensor = _RootMeanSquare.apply(hidden_states, weight, eps)  # type: ignore[no-untyped-call]
     return again_from(made, partial(_normed, eps=eps), hidden_states, weight)
@@ -203,8 +204,8 @@ def _gated(block: nn.Module, x: Tensor) -> Tensor:
     return made
 
 
-def _linear(layer: nn.Module, input: Tensor) -> Tensor:
-    return linear(input, layer.weight, layer.bias)  # type: ignore[arg-type]
+def _linear(layer: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, layer.weight, layer.bias)
 
 
 def _epsilon(layer: nn.Module) -> float:
@@ -244,10 +245,10 @@ def spare(model: nn.Module) -> None:
     for part in model.modules():
         if "forward" in part.__dict__ or next(iter(part.parameters()), torch.empty(0)).is_meta:
             continue
-        if _is_norm(part) and _agrees(part, _norm, len(part.weight), part.weight):  # type: ignore[arg-type]
+        if _is_norm(part) and _agrees(part, _norm, len(own_weight(part)), own_weight(part)):
             part.forward = partial(_norm, part)
         elif _is_gated(part):
-            weight: Tensor = part.gate_proj.weight  # type: ignore[union-attr, assignment]
+            weight = own_weight(part.get_submodule("gate_proj"))
             if weight.dim() == 2 and _agrees(part, _gated, weight.shape[1], weight):
                 part.forward = partial(_gated, part)
         elif type(part) is nn.Linear:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Positive
-from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix
+from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix, own_weight
 from plait.math.packed import Packed
 from plait.math.products import product
 from plait.math.tracing import traced
@@ -64,7 +64,7 @@ def fusible(layer: nn.Module, inputs: Tensor) -> bool:
     """Say whether the fused function is right here: a frozen plain weight, inputs that the layer itself would take, and
     nothing that traces or transforms.
     """
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     bias: Tensor | None = getattr(layer, "bias", None)
     kinds = {inputs.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
     return (
@@ -90,7 +90,7 @@ def low_rank_output(
         if torch.is_autocast_enabled(inputs.device.type):
             inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
         if stack(layer)[0] is parametrization and fusible(layer, inputs):
-            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight = own_weight(layer)
             output: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
                 inputs, weight if linear else weight.t(), layer.bias, A, B, scale
             )
@@ -257,7 +257,7 @@ class LoRA(Adapter):
 def check_rank(method: Parametrize, rank: int, model: nn.Module) -> None:
     """Refuse a rank above the smaller side of a target's matrix."""
     for name, layer in method.targets(model):
-        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight = own_weight(layer)
         full = min(weight.flatten(1).shape)
         if rank > full:
             raise BadInput(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Positive
-from plait.layers import CONVOLUTIONS, matrix_shape
+from plait.layers import CONVOLUTIONS, matrix_shape, own_weight
 from plait.math.svd import exact_svd
 from plait.method import Method, method
 from plait.parametrize.base import Parametrization
@@ -111,7 +111,7 @@ class LOST(FromScratch):
 
 def _inputs(layer: nn.Module) -> tuple[int, int]:
     """Return the number of a layer's inputs (channels, tokens), and how many columns of its matrix each of them has."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     columns = matrix_shape(layer)[1]
     inputs = weight.shape[1] if isinstance(layer, CONVOLUTIONS) else columns
     return inputs, columns // inputs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Positive, Probability, Size
-from plait.layers import matches, matrix, matrix_shape
+from plait.layers import matches, matrix, matrix_shape, own_weight
 from plait.method import Method, Now, method
 from plait.parametrize.base import Adapter, Parametrization, attach, attached
 from plait.parametrize.low_rank import adapter_dtype, check_rank, low_rank_output
@@ -103,7 +103,7 @@ class DiffoRA(Adapter):
         self.prepare(model)
         shared: dict[tuple[int, int], Pair] = {}
         for _, layer in targets:
-            weight = matrix(layer, layer.weight)  # type: ignore[arg-type]
+            weight = matrix(layer, own_weight(layer))
             if matrix_shape(layer) not in shared:
                 shared[matrix_shape(layer)] = factors(weight, self.shared_rank)
             pair, own = shared[matrix_shape(layer)], factors(weight, self.rank)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction, Positive, Probability
-from plait.layers import is_transformers_conv1d, matrix, matrix_shape
+from plait.layers import is_transformers_conv1d, matrix, matrix_shape, own_weight
 from plait.math.selection import nth_smallest
 from plait.math.svd import exact_svd, sketched_svd
 from plait.method import Method, Now, method
@@ -82,7 +82,7 @@ class PrunedUpdate(Parametrization):
             inputs,
             self.scale * self.values,
             self.support,
-            weight=matrix(layer, layer.weight),  # type: ignore[arg-type]
+            weight=matrix(layer, own_weight(layer)),
             mask=None if self.rows else self.mask,
             A=self.A,
             B=self.B,
@@ -163,7 +163,7 @@ class DSEE(Adapter):
             self._prune_entries(found)
 
     def _score(self, layer: nn.Module, part: PrunedUpdate) -> Tensor:
-        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight = own_weight(layer)
         flat = matrix(layer, weight).detach()
         if self.score == "weight":
             return flat.abs()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Size
-from plait.layers import is_transformers_conv1d
+from plait.layers import is_transformers_conv1d, own_weight
 from plait.math.packed import Packed, forget_originals, hold, pack, packed_weight, page_out
 from plait.math.quantization import Form
 from plait.method import Method, Now, method
@@ -103,9 +103,9 @@ def form_of(bits: int, format: str | None, group: int | None, double: bool) -> F
 def quantize(targets: list[tuple[str, nn.Module]], form: Form, keep: bool = False) -> None:
     """Replace the weights of layers by quantized, frozen ones, layer by layer; groups run along a layer's inputs."""
     made: dict[int, nn.Parameter] = {}
-    taken: list[nn.Parameter] = []  # held, so that identities stay unique
+    taken: list[Tensor] = []  # held, so that identities stay unique
     for _, layer in targets:
-        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+        weight = own_weight(layer)
         if id(weight) not in made:
             packed = pack(weight.detach(), form, turned=is_transformers_conv1d(layer), keep=keep)
             if not keep:

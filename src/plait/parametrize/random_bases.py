@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from plait.catalogue import paper
 from plait.fields import Count, Positive, Size
-from plait.layers import is_transformers_conv1d, matrix
+from plait.layers import is_transformers_conv1d, matrix_shape
 from plait.method import Method, method
 from plait.parametrize.base import Adapter, Parametrization
 from plait.parametrize.low_rank import adapter_dtype, check_rank, low_rank_output
@@ -104,7 +104,7 @@ class RandomBases(Parametrization):
         """
         if not (isinstance(layer, nn.Linear) or is_transformers_conv1d(layer)):
             return None
-        small, large = sorted(matrix(layer, layer.weight).shape)  # type: ignore[arg-type]
+        small, large = sorted(matrix_shape(layer))
         if inputs.numel() // inputs.shape[-1] * (large + 6 * small) > 6 * large * small:
             return None
         b, scaled = self.factors()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.catalogue import paper
-from plait.layers import CONVOLUTIONS, is_transformers_conv1d
+from plait.layers import CONVOLUTIONS, is_transformers_conv1d, own_weight
 from plait.method import Method, method
 from plait.parametrize.base import Adapter, Parametrization, run, stack
 from plait.parametrize.low_rank import adapter_dtype, without_padding
@@ -52,7 +52,7 @@ class InputScale(Parametrization):
         """Return W (l * x) + b, which forms no weight, for linear layers that hold nothing below."""
         if stack(layer)[0] is not self or not (isinstance(layer, nn.Linear) or is_transformers_conv1d(layer)):
             return None
-        return run(layer, self.l.to(inputs.dtype) * inputs, layer.weight)  # type: ignore[arg-type]
+        return run(layer, self.l.to(inputs.dtype) * inputs, own_weight(layer))
 
 
 @method

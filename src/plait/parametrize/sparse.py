@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plait.errors import BadInput
-from plait.layers import is_transformers_conv1d, matches, matrix, matrix_shape
+from plait.layers import is_transformers_conv1d, matches, matrix, matrix_shape, own_weight
 from plait.method import Method
 from plait.parametrize.base import Parametrization, attached, stack
 from plait.parametrize.lean import sources_of
@@ -188,7 +188,7 @@ class SparseDelta(Parametrization):
         """Return (W + S) x + bias, keeping no weight for the backward pass, for linear layers."""
         if not (isinstance(layer, nn.Linear) or is_transformers_conv1d(layer)):
             return None
-        own: Tensor = layer.weight  # type: ignore[assignment]
+        own = own_weight(layer)
         weight = matrix(layer, own)
         if stack(layer)[0] is self:
             bias = layer.bias

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, NonNegative, Range, ScheduledNonNegative
-from plait.layers import matrix
+from plait.layers import matrix, own_weight
 from plait.math.selection import nth_smallest
 from plait.math.svd import gram_svd
 from plait.method import Method, Now, method
@@ -133,5 +133,5 @@ class SaRA(Adapter):
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     return weight.detach()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import is_linear_map, matrix
+from plait.layers import is_linear_map, matrix, own_weight
 from plait.math.packed import Packed, numbers, unrounded
 from plait.math.svd import exact_svd, gram_svd
 from plait.parametrize.base import Parametrization, dense_bias, dense_weight, stack, untouched_weight
@@ -114,12 +114,12 @@ def factors_of(
     construction; None if nothing was done to it.
     """
     held = stack(layer)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     if bent := [part for part in held if not part.linear]:
         raise BadInput(f"{bent[0].made_by} acts on what '{name}' puts out: no low-rank update can hold it.")
-    if base is not None and weight.shape != base.weight.shape:
+    if base is not None and weight.shape != (before := own_weight(base).shape):
         raise BadInput(
-            f"the base is another model: its '{name}' is {_shape(base.weight)}, the trained one {_shape(weight)}."
+            f"the base is another model: its '{name}' is {list(before)}, the trained one {list(weight.shape)}."
         )
     rounded = isinstance(weight, Packed) and any(part.taken() is not None for part in held)
     if rounded and base is None:
@@ -139,7 +139,7 @@ def factors_of(
                 f"the parametrization of '{name}' ({_kinds(held)}) is no low-rank update: give the base and a rank to "
                 "cut it off at, or fold the model and save it."
             )
-    delta, shift = _change(name, layer, base)
+    delta, shift = _change(layer, base)
     if not delta.any() and shift is None:
         return None
     rounding = 8 * torch.finfo(weight.dtype).eps * float(numbers(weight).float().square().sum().sqrt())
@@ -156,10 +156,6 @@ def factors_of(
         )
     factors.shift = shift
     return factors, left, size
-
-
-def _shape(weight: Tensor | nn.Module) -> list[int]:
-    return list(weight.shape)  # type: ignore[arg-type]
 
 
 def _kinds(held: list[Parametrization]) -> str:
@@ -182,10 +178,10 @@ def plain_factors(held: list[Parametrization]) -> Factors | None:
     return Factors(a, b, scale, magnitude, torch.stack(shifts).sum(0) if shifts else None)
 
 
-def _change(name: str, layer: nn.Module, base: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+def _change(layer: nn.Module, base: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     """Return what was added to a layer's matrix [out, in] and to its bias [out], None if nothing."""
     after = matrix(layer, numbers(dense_weight(layer)))
-    before = matrix(layer, numbers(unrounded(untouched_weight(layer) if base is None else base.weight)))  # type: ignore[arg-type]
+    before = matrix(layer, numbers(unrounded(untouched_weight(layer) if base is None else own_weight(base))))
     kind = adapter_dtype(after)
     shift = None
     if (bias := getattr(layer, "bias", None)) is not None:
@@ -222,7 +218,7 @@ def cut_off(update: Update, base: nn.Module, rank: int) -> Update:
             made.factors[name] = factors
             continue
         layer = base.get_submodule(name)
-        weight = matrix(layer, numbers(unrounded(layer.weight)))  # type: ignore[arg-type]
+        weight = matrix(layer, numbers(unrounded(own_weight(layer))))
         weight = weight.to(adapter_dtype(weight))
         delta = factors.scale * (factors.b @ factors.a).to(weight)
         if factors.magnitude is not None:

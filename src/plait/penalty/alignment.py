@@ -14,7 +14,7 @@ from plait.batch import IGNORE, Batch
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction, NonNegative, ScheduledNonNegative
-from plait.layers import evaluating, layers, matrix, require_layers, weight_identity
+from plait.layers import evaluating, layers, matrix, own_weight, require_layers, weight_identity
 from plait.math.logits import dense
 from plait.method import Method, Now, method
 from plait.parametrize.base import dense_weight, run, stack, untouched_weight
@@ -61,7 +61,7 @@ def weight_gradient(layer: nn.Module, inputs: Tensor, grad_output: Tensor) -> Te
     >>> weight_gradient(nn.Linear(2, 1), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]))
     tensor([[3., 6.]])
     """
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = own_weight(layer)
     bias: Tensor | None = getattr(layer, "bias", None)
     free = torch.zeros(weight.shape, device=weight.device, requires_grad=True)
     given = inputs.float() if inputs.is_floating_point() else inputs
@@ -240,7 +240,7 @@ class AlignGuard(Penalty):
 
     def fitting(self, directions: Tensor, name: str, layer: nn.Module) -> Tensor:
         """Return the first directions of a file, or refuse those of another model."""
-        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight = own_weight(layer)
         out = len(matrix(layer, weight))
         if len(directions) != out:
             raise BadInput(f"'{name}' has {out} outputs, and {len(directions)} in {self.file}: it is of another model.")

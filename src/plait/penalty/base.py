@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.fields import ScheduledNonNegative
-from plait.layers import layers, matrix, require_layers, weight_identity
+from plait.layers import layers, matrix, own_weight, require_layers, weight_identity
 from plait.method import Method, Now, method
 from plait.parametrize.base import dense_weight, stack
 
@@ -36,7 +36,7 @@ class WeightPenalty(Penalty):
         """Yield (name, layer) of the layers whose weight is trained; a weight that several layers share comes once."""
         seen = set()
         for name, layer in layers(model, self.where):
-            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight = own_weight(layer)
             use = (weight_identity(layer), *map(id, stack(layer)))
             trained = [weight, *(p for part in stack(layer) for p in part.parameters())]
             if use not in seen and any(p.requires_grad for p in trained):  # a bias alone does not change the weight
