@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from plait.errors import BadInput, did_you_mean
 from plait.method import Method, places
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Callable[..., Any])
 
 FOLDERS = (
     *("data", "parametrize", "initialize", "forward", "loss", "penalty", "gradient", "step", "constrain"),
@@ -35,6 +35,7 @@ class Entry:
     kind: str
     make: Callable[..., Any]
     given_theme: str = ""
+    given_places: Sequence[str] = ()
 
     @property
     def theme(self) -> str:
@@ -49,31 +50,33 @@ class Entry:
 
     @property
     def places(self) -> list[str]:
-        """The places at which it acts; for a function, the folder that holds it."""
+        """The places at which it acts; for a function, those that `@paper` gives, or the folder that holds it."""
         if isinstance(self.make, type) and issubclass(self.make, Method):
             return places(self.make)
-        acts: list[str] | None = getattr(self.make, "places", None)
-        return acts or [self.make.__module__.split(".")[1]]
+        return list(self.given_places) or [self.make.__module__.split(".")[1]]
 
 
 _ENTRIES: dict[str, Entry] = {}
 
 
-def paper(bibkey: str, *, key: str, kind: str = "part", theme: str = "") -> Callable[[T], T]:
+def paper(
+    bibkey: str, *, key: str, kind: str = "part", theme: str = "", places: Sequence[str] = ()
+) -> Callable[[T], T]:
     """Enter a method in the catalogue: `bibkey` stands in references.bib, `key` in the ledger of published systems.
 
     `kind` is "part" (a method of a step), "solver", "probe", "study", "model" or "ground" (a method that users expect
-    and that other rows build on). `theme` is needed only where the folder does not tell it (see THEMES).
+    and that other rows build on). `theme` is needed only where the folder does not tell it (see THEMES), `places` only
+    for a function that returns methods of other places than its folder's.
     """
 
     def enter(made: T) -> T:
-        name = getattr(made, "__name__", repr(made))
+        name = made.__name__
         before = _ENTRIES.get(key)
         if before is not None and before.make.__qualname__ != name:
             raise BadInput(f"the key '{key}' of {name} is taken by {before.name}: give each entry its own key.")
         if isinstance(made, type):
             made.key = key  # type: ignore[attr-defined]
-        _ENTRIES[key] = Entry(key, bibkey, kind, made, theme)  # type: ignore[arg-type]
+        _ENTRIES[key] = Entry(key, bibkey, kind, made, theme, places)
         return made
 
     return enter

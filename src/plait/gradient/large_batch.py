@@ -30,7 +30,7 @@ def scaled(rate: float | Schedule, factor: float) -> float | Schedule:
     return replace(rate, **{name: value * factor for name, value in vars(rate).items() if name in VALUES})
 
 
-@paper("hoffer2017train", key="large-batch", kind="ground")
+@paper("hoffer2017train", key="large-batch", kind="ground", places=["data", "forward", "loss", "gradient", "step"])
 def LargeBatch(
     batch_size: int,
     small: int = 128,
@@ -68,6 +68,3 @@ def LargeBatch(
     made += [Clip(norm=clip)] if clip is not None else []
     rate = scaled(rate, ratio**0.5) if noise == "rate" else rate
     return [*made, SGD(lr=rate, momentum=momentum, weight_decay=weight_decay)]
-
-
-LargeBatch.places = ["data", "forward", "loss", "gradient", "step"]  # type: ignore[attr-defined]

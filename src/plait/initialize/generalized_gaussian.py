@@ -43,7 +43,7 @@ class GGInit(FreshStart):
         return sample(shape, self.shape, (self.gain / (shape[1] if self.fan == "in" else shape[0])) ** 0.5)
 
 
-@paper("wu2025goodmodel", key="gg-prior")
+@paper("wu2025goodmodel", key="gg-prior", places=["initialize", "penalty", "finish"])
 def GGPrior(
     shape: float = 1.0,
     gain: float = 2.0,
@@ -68,6 +68,3 @@ def GGPrior(
     made.append(BackSlash(strength=strength, where=where))
     made += [] if reshape is None else [DeepShape(shape=reshape, where=where)]
     return made if exponent is None else [*made, RF8(exponent=exponent, where=where)]
-
-
-GGPrior.places = ["initialize", "penalty", "finish"]  # type: ignore[attr-defined]

@@ -343,6 +343,3 @@ def DoRA(
         LoRA(rank=rank, alpha=alpha, scaling=scaling, where=where, train=train),
         Magnitude(where=where, train=train),
     ]
-
-
-DoRA.places = ["parametrize"]  # type: ignore[attr-defined]

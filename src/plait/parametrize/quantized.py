@@ -143,6 +143,4 @@ def QLoRA(
     ]
 
 
-QLoRA.places = ["parametrize"]  # type: ignore[attr-defined]
-
 __all__ = ["Packed", "QLoRA", "Quantize", "forget_originals", "form_of", "quantize"]

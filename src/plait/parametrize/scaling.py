@@ -85,6 +85,3 @@ def IA3(
     [('k_proj.plait.scale.l', 2), ('fc2.plait.scale.l', 4)]
     """
     return [Scale(where=outputs, side="output", train=train), Scale(where=inputs, side="input", train=train)]
-
-
-IA3.places = ["parametrize"]  # type: ignore[attr-defined]
