@@ -24,13 +24,11 @@ from plait.train import train
 
 def named(rule: Any, rates: Sequence[float], decays: Sequence[float] = (0.0,), **fields: Any) -> list[Make]:
     """Return makers of a rule that acts on both hidden layers of the network; the output layer is AdamW's."""
-    return [
-        lambda m, lr=lr, decay=decay: rule(  # type: ignore[misc]
-            m.named_parameters(), where="0|2", lr=lr, weight_decay=decay, **fields
-        )
-        for lr in rates
-        for decay in decays
-    ]
+
+    def maker(lr: float, decay: float) -> Make:
+        return lambda m: rule(m.named_parameters(), where="0|2", lr=lr, weight_decay=decay, **fields)
+
+    return [maker(lr, decay) for lr in rates for decay in decays]
 
 
 @claim(

@@ -75,6 +75,14 @@ def pick(candidates: Sequence[Callable[[], nn.Module]], selected_by: Pair) -> nn
     return min(models, key=lambda model: misfit(model, selected_by))
 
 
+def accuracy_on_both(models: Sequence[nn.Module], task: Task) -> float:
+    """Return the mean accuracy on turned and upright digits of the model that is best for both on other digits."""
+    images, labels = digits()
+    chosen, held = (images[1000:1300], labels[1000:1300]), (images[1300:], labels[1300:])
+    best = min(models, key=lambda model: misfit(model, task.choose) + misfit(model, chosen))
+    return (accuracy(best, task.test) + accuracy(best, held)) / 2
+
+
 def tuned(
     seed: int, methods: Callable[[], Sequence[Method]], task: Task, rates: Sequence[float], freeze: str = ""
 ) -> nn.Module:

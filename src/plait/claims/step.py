@@ -84,11 +84,11 @@ def best(
 
 def settings(rule: Any, rates: Sequence[float], decays: Sequence[float] = (0.0,), **fields: Any) -> list[Make]:
     """Return makers of one rule over a grid of learning rates and decays."""
-    return [
-        lambda m, lr=lr, decay=decay: rule(m.parameters(), lr=lr, weight_decay=decay, **fields)  # type: ignore[misc]
-        for lr in rates
-        for decay in decays
-    ]
+
+    def maker(lr: float, decay: float) -> Make:
+        return lambda m: rule(m.parameters(), lr=lr, weight_decay=decay, **fields)
+
+    return [maker(lr, decay) for lr in rates for decay in decays]
 
 
 @claim(

@@ -220,11 +220,17 @@ def recursion(
         k, shift, vertex = layers[-1].variance, layers[-1].correction, layers[-1].vertex
         with torch.no_grad():
             two, four = mean(square, k), mean(lambda z: square(z).square(), k)
-            bend = mean(lambda z, k=k: square(z) * (z**4 - 6 * k * z.square() + 3 * k**2), k) / k**4  # type: ignore[misc]
+            bend = _bend(square, k)
         along = susceptibilities(activation, c_w, k)[0]
         shift = along * shift + c_w / 8 * vertex * bend
         layers.append(Layer(c_b + c_w * two, shift, c_w**2 * (four - two**2) / n + along**2 * vertex))
     return layers
+
+
+def _bend(function: Activation, variance: float) -> float:
+    """Return 4 times the second derivative of <function> in the variance: <function (z^4 - 6 K z^2 + 3 K^2)> / K^4."""
+    k = variance
+    return mean(lambda z: function(z) * (z**4 - 6 * k * z.square() + 3 * k**2), k) / k**4
 
 
 def growth(activation: Activation) -> float:
@@ -240,7 +246,8 @@ def growth(activation: Activation) -> float:
     if found.kind == "zero":
         return _slopes(activation, 4) / _slopes(activation, 2) ** 2 - 1 / 3
     with torch.no_grad():
-        two, four = (mean(lambda z, p=p: activation(z) ** p, found.variance) for p in (2, 4))  # type: ignore[misc]
+        two = mean(lambda z: activation(z) ** 2, found.variance)
+        four = mean(lambda z: activation(z) ** 4, found.variance)
     return found.weight**2 * (four - two**2) / found.variance**2
 
 

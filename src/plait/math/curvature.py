@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def hessian(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Tensor]
 
         return product
 
-    return _mean([lambda loss=loss: one(loss) for loss in losses])  # type: ignore[misc]
+    return _mean([partial(one, loss) for loss in losses])
 
 
 def gauss_newton(
@@ -122,7 +123,7 @@ def gauss_newton(
 
         return product
 
-    return _mean([lambda pair=pair: one(*pair) for pair in pairs])  # type: ignore[misc]
+    return _mean([partial(one, *pair) for pair in pairs])
 
 
 def gauss_newton_factors(

@@ -10,6 +10,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy
@@ -99,9 +100,9 @@ def untouched(model: nn.Module, now: Now, own: set[str]) -> Iterator[None]:
     memory = {name: {k: t.clone() for k, t in held.items()} for name, held in now.memory.items() if name not in own}
     seen = now.batch, now.output, now.parts, now.features, now.share
     back: list[Callable[[], Any]] = [
-        lambda state=now.generator.get_state(): now.generator.set_state(state),  # type: ignore[misc]
-        lambda state=numpy.random.get_state(): numpy.random.set_state(state),  # type: ignore[misc]
-        lambda state=random.getstate(): random.setstate(state),  # type: ignore[misc]
+        partial(now.generator.set_state, now.generator.get_state()),
+        partial(numpy.random.set_state, numpy.random.get_state()),
+        partial(random.setstate, random.getstate()),
     ]
     try:
         devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
