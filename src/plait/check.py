@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -87,8 +88,6 @@ def _refuse_idle(m: Method) -> None:
 
 def _refuse_lost(m: Method, model: nn.Module) -> None:
     """Refuse a pattern that is no regular expression, or that matches no layer and no weight."""
-    import re
-
     from plait.layers import layers as linear_maps
     from plait.layers import matches
 

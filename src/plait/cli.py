@@ -110,7 +110,7 @@ def say(values: Any) -> None:
     typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=str))
 
 
-def table(title: str, columns: list[str], rows: list[list[str]], wide: bool = True) -> None:
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table."""
     from rich.console import Console
     from rich.table import Table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf, log10
+from time import process_time
 from typing import Any
 
 from plait.claims.base import claim
@@ -31,8 +33,6 @@ def _clouds(seed: int, n: int) -> tuple[Any, Any, Any]:
 )
 def takes_a_tenth_of_the_iterations(seed: int) -> tuple[float, float]:
     """400 points; a run that stops short of the tolerance counts as infinitely many iterations."""
-    from math import inf, log10
-
     given = _clouds(seed, 400)
     runs = [
         sinkhorn_newton(*given, regularization=0.002),
@@ -52,9 +52,6 @@ def takes_a_tenth_of_the_iterations(seed: int) -> tuple[float, float]:
 )
 def is_nearer_in_equal_time(seed: int) -> tuple[float, float]:
     """500 points; Sinkhorn is given as many iterations as fit the time that the other took, and ten more."""
-    from math import log10
-    from time import process_time
-
     given = _clouds(seed, 500)
     sinkhorn_newton(*given, regularization=0.002)
     began = process_time()

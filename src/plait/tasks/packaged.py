@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,6 @@ def _chatterbot() -> Any:
 
 
 def _king_james() -> Any:
-    import re
     import sqlite3
 
     import pandas as pd

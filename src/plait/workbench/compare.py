@@ -7,9 +7,11 @@ checkpoint.
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +110,6 @@ def check_on_models(recipes: Sequence[Recipe]) -> None:
 
 
 def _short(value: Any) -> str:
-    from dataclasses import asdict, is_dataclass
-
     held = {k: v for k, v in asdict(value).items() if v is not None} if is_dataclass(value) else value  # type: ignore[arg-type]
     return str(held)
 
@@ -181,8 +181,6 @@ def _data(recipe: Recipe, runs: Sequence[Values]) -> str:
 
 def machine(workers: int = 1) -> str:
     """Return what the times were taken on, and how many runs were there at a time."""
-    import platform
-
     import torch
 
     cores = os.cpu_count() or 1

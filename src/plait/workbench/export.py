@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,6 @@ def to_peft_of_rank(base: Any, model: Any, folder: Path, rank: int) -> str:
 
 def to_onnx(task: Task, model: Any, folder: Path) -> None:
     """Fold the adapters into the weights and trace the model, soft prompts included, on one batch of the test set."""
-    from importlib.util import find_spec
-
     import torch
 
     from plait.parametrize.folding import fold

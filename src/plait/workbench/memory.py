@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import statistics
@@ -311,8 +312,6 @@ def load_libraries(methods: Sequence[Any]) -> None:
 
 def return_to_system() -> None:
     """Give free room that the allocator keeps back to the system, so that what comes after is seen in full."""
-    import ctypes
-
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +53,6 @@ class Outcome:
 
 def versions() -> dict[str, str]:
     """Return what the figures depend on."""
-    import platform
-    from importlib.metadata import version
-
     import plait
 
     return {

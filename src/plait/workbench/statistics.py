@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy
@@ -167,8 +167,6 @@ def difference(
 
 def _judged(found: Difference) -> Difference:
     """Return a difference whose interval and p are of the seeds with those of the bootstrap beside them, judged."""
-    from dataclasses import replace
-
     low, high, p, how = found.interval.low, found.interval.high, found.p, found.method
     if found.drawn is not None:
         drawn, p_drawn = found.drawn
@@ -191,8 +189,6 @@ def _judged(found: Difference) -> Difference:
 
 def borrowing(differences: Sequence[Difference]) -> list[Difference]:
     """Return the same differences, each judged by a spread over seeds that borrows from all; see `shared_spread`."""
-    from dataclasses import replace
-
     from plait.workbench.shared_spread import FAMILY, half_and_p, moderated, prior
 
     counts = {len(d.pairs) for d in differences}
@@ -219,8 +215,6 @@ def allow_for_many(differences: Sequence[Difference]) -> list[Difference]:
 
     Many differences over few seeds borrow their spread from each other first.
     """
-    from dataclasses import replace
-
     differences = borrowing(differences)
     adjusted = holm([d.p for d in differences])
     return [
