@@ -99,6 +99,21 @@ def test_what_cannot_be_added_or_loaded_is_one_sentence() -> None:
         AdaGrad(model.parameters()).load_state_dict(adam.state_dict())
 
 
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit"])
+def test_a_state_of_another_shape_or_device_is_refused(states: Any) -> None:
+    """What is compiled would read and write past its end."""
+    small, large = nn.Parameter(torch.zeros(4, 8)), nn.Parameter(torch.zeros(64, 128))
+    small.grad, large.grad = torch.ones(4, 8), torch.ones(64, 128)
+    rule, other = AdamW([small], states=states), AdamW([large], states=states)
+    rule.step()
+    other.load_state_dict(rule.state_dict())
+    with pytest.raises(BadInput, match=r"a weight of shape \(64, 128\) on cpu has a state 'exp_avg' of shape \(4, 8\)"):
+        other.step()
+    rule.state[small] = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in rule.state[small].items()}
+    with pytest.raises(BadInput, match="on meta: make a new optimizer"):
+        rule.step()
+
+
 def test_torchs_own_state_is_gone_on_with() -> None:
     model, ours = stack(2), stack(2)
     theirs = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -297,6 +298,29 @@ def test_a_state_from_a_file_goes_on_bitwise_in_any_order_of_weights(key: str, s
     go(rest, again, range(4, 7))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, rest.state_dict()[name]), name
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_state_goes_on_with_weights_of_another_precision(key: str, dtype: torch.dtype, loaded: bool) -> None:
+    """Loaded into another model's optimizer, and of a model that changes its precision under its optimizer."""
+    torch.manual_seed(0)
+    before = torch.float64 if dtype == torch.float32 else torch.float32
+    model = Weights(before)
+    optimizer = made(key, model)
+    go(model, optimizer, range(4))
+    other, rest = copy.deepcopy((model, optimizer))
+    other.to(dtype)
+    if loaded:
+        other.requires_grad_(True)  # a rule whose layers take turns had frozen some
+        rest = made(key, other)
+        rest.load_state_dict(through_a_file(optimizer))
+    go(model, optimizer, range(4, 6))
+    go(other, rest, range(4, 6))
+    for name, a, b in pairs(other, model):
+        near = 5e-3 if key == "muon" else 1e-5  # its products may be of sixteen bits where the weights are float32
+        torch.testing.assert_close(a.double(), b.double(), rtol=near, atol=near, msg=name)
 
 
 @every_rule

@@ -244,7 +244,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         gradient = full(p.grad)
         weight = full(p) if is_sharded(p) else p
         for name, value in state.items():
-            state[name] = full(value) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                state[name] = kept.as_precise(full(value), p.dtype)
         self.method.step_whole(weight, -gradient if group["maximize"] else gradient, state, group, number)
         if weight is not p:
             p.copy_(like(weight, p))

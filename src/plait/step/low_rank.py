@@ -145,7 +145,7 @@ class LowRank(Rule):
         else:
             lying = held
         number = state.setdefault("number", number)  # kept: a resumed run may have its parameters in another order
-        with opened(state, ("exp_avg", "exp_avg_sq"), group["states"]):
+        with opened(state, ("exp_avg", "exp_avg_sq"), group["states"], precise):
             inside = self.project(gradient, state, group, number)
             for name in ("exp_avg", "exp_avg_sq"):
                 if name not in state:

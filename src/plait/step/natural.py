@@ -53,15 +53,15 @@ class NaturalGaLore(GaLore):
         if "seen" not in state or self.refreshes(state["step"], group, state["number"]):
             state["seen"] = 0
             state["history"] = inside.new_zeros(size, *inside.shape)
-            state["gram"] = torch.zeros(size, size, dtype=torch.float64, device=inside.device)
+            state["gram"] = inside.new_zeros(size, size)
         place = state["seen"] % size
         state["seen"] += 1
         past, gram = state["history"], state["gram"]
         past[place] = inside
-        gram[place] = gram[:, place] = (past.flatten(1) @ inside.flatten()).double()
-        unit = torch.zeros(size, dtype=gram.dtype, device=gram.device)
+        gram[place] = gram[:, place] = past.flatten(1) @ inside.flatten()
+        unit = torch.zeros(size, dtype=torch.float64, device=gram.device)
         unit[place] = 1.0
-        system = gram + group["damping"] * torch.eye(size, dtype=gram.dtype, device=gram.device)
+        system = gram.double() + group["damping"] * torch.eye(size, dtype=torch.float64, device=gram.device)
         weights = torch.linalg.solve(system, unit).to(inside.dtype)
         natural: Tensor = (weights @ past.flatten(1)).view_as(inside)
         return natural

@@ -100,7 +100,7 @@ class Muon(Rule):
         """Step a matrix or a convolution's kernel in place."""
         precise, momentum, rate = exact(weight.dtype), float(group["momentum"]), float(group["lr"])
         held, gradient = weight.to(precise), gradient.to(precise)
-        with opened(state, ("momentum_buffer",), group["states"]):
+        with opened(state, ("momentum_buffer",), group["states"], precise):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(gradient)
             mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)

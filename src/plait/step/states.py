@@ -35,12 +35,26 @@ def scale_of(name: str) -> str:
     return f"{name}_scale"
 
 
+def as_precise(value: Tensor, weight: torch.dtype) -> Tensor:
+    """Return a state that is not rounded as a weight of that dtype wants it: it may be of another model's, or of a time
+    when the weight had another precision.
+    """
+    return value.to(exact(weight)) if value.dtype in (torch.float32, torch.float64) else value
+
+
 def make(state: dict[str, Any], names: tuple[str, ...], p: Tensor, wanted: str) -> str:
     """Make the states that are missing, zero; return how they are kept, which a loaded state decides for itself."""
     kind = "" if names else "float32"
     for name in names:
         if name in state:
             kind = DTYPES.get(state[name].dtype, "float32")
+            state[name] = as_precise(state[name], p.dtype)
+            if state[name].shape != p.shape or state[name].device != p.device:  # a kernel would read what is not there
+                raise BadInput(
+                    f"a weight of shape {tuple(p.shape)} on {p.device} has a state '{name}' of shape "
+                    f"{tuple(state[name].shape)} on {state[name].device}: make a new optimizer, after the model has "
+                    "its shapes and its device."
+                )
             continue
         kind = kind or ("float32" if p.dtype == torch.float64 else kind_for(wanted, p.shape))
         if kind == "8bit":
@@ -131,12 +145,13 @@ def write(state: dict[str, Any], values: dict[str, Tensor], kind: str, step: int
 
 
 @contextlib.contextmanager
-def opened(state: dict[str, Any], names: tuple[str, ...], wanted: str) -> Iterator[None]:
-    """Let a rule that makes its states itself compute with them; they are rounded as `wanted`, or as loaded, after."""
+def opened(state: dict[str, Any], names: tuple[str, ...], wanted: str, precise: torch.dtype) -> Iterator[None]:
+    """Let a rule that makes its states itself compute with them, `precise`; they are rounded as `wanted`, or as loaded,
+    after.
+    """
     held = [name for name in names if name in state]
     kind = DTYPES.get(state[held[0]].dtype, "float32") if held else ""
-    if held and kind != "float32":
-        state.update(read(state, held, kind))
+    state.update({name: value.to(precise) for name, value in read(state, held, kind).items()})
     yield
     for number, name in enumerate(names):
         value = state[name]
@@ -146,6 +161,6 @@ def opened(state: dict[str, Any], names: tuple[str, ...], wanted: str) -> Iterat
         index = torch.arange(value.numel(), device=value.device).view(value.shape)
         bits = bits_at(key_of(state["step"]), index, number)
         if kind == "bfloat16":
-            state[name] = to_bfloat16(value.contiguous(), bits)
+            state[name] = to_bfloat16(value.float().contiguous(), bits)
         else:
-            state[name], state[scale_of(name)] = encode(value, bits)
+            state[name], state[scale_of(name)] = encode(value.float(), bits)
