@@ -100,6 +100,18 @@ def test_statistics_are_those_of_the_average() -> None:
     assert done.model[1].training
 
 
+def test_statistics_of_instance_norms_are_gathered_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 2), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(),
+        nn.Linear(8, 2),
+    )  # fmt: skip
+    done, _ = run(EMA(decay=0.5), model=model)
+    seen = torch.cat([done.model[:2](batch.inputs).detach() for batch in done.now.calibration(5)])  # type: ignore[index]
+    assert torch.allclose(done.model[2].running_mean, seen.mean((0, 2)), atol=1e-6)  # type: ignore[index]
+    assert torch.allclose(done.model[2].running_var, seen.var(2).mean(0), atol=1e-6)  # type: ignore[index]
+
+
 def test_averages_are_finer_than_the_weights() -> None:
     """In bfloat16 a thousandth of a weight would be lost at each step; the average of constant weights is exact."""
     model, now, method = nn.Linear(1, 1, bias=False).to(torch.bfloat16), Now(steps=2000), EMA(decay=0.999)

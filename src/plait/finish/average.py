@@ -134,8 +134,10 @@ def gather_statistics(model: nn.Module, now: Now) -> None:
     with evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum, norm.training = None, True
-        for batch in now.calibration(max(now.steps_per_epoch, 1)):
+            norm.training = True
+        for number, batch in enumerate(now.calibration(max(now.steps_per_epoch, 1)), 1):
+            for norm in norms:
+                norm.momentum = 1 / number  # a momentum of None is a mean to batch norms, but 0 to instance norms
             now.call(model, batch.inputs)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -11,6 +11,7 @@ from plait.catalogue import paper
 from plait.fields import NonNegative
 from plait.gradient.base import Gradient
 from plait.method import Ask, Now, method
+from plait.sharding import like
 
 
 @paper("neelakantan2015noise", key="gradient-noise")
@@ -40,7 +41,7 @@ class GradientNoise(Gradient):
             if sigma > 0:
                 for _, gradient in self.gradients(model):
                     drawn = torch.randn(gradient.shape, generator=now.generator, device=now.generator.device)
-                    gradient.add_(drawn.to(gradient), alpha=sigma)
+                    gradient.add_(like(drawn.to(gradient.device, gradient.dtype), gradient), alpha=sigma)
             return value
 
         return noisy
