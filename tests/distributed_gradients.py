@@ -1,4 +1,4 @@
-"""What each process of the test of gradient methods under DDP runs: prints the weights that every key ends with."""
+"""What each process of the test of gradient methods on two runs: prints the weights that every key ends with."""
 
 import json
 import os
@@ -14,12 +14,13 @@ from test_gradient_pairs import final, ground
 
 
 def main() -> None:
-    """Train with each list of keys (argv: "a,b c ..."), and let the first process print."""
+    """Train with each list of keys (argv: sharding, "a,b c ..."), and let the first process print."""
     found = {}
-    for keys in sys.argv[1:]:
+    for keys in sys.argv[2:]:
         names = tuple(keys.split(","))
         try:
-            found[keys] = {name: t.tolist() for name, t in final(names, ground(*names), device="cpu").items()}
+            done = final(names, ground(*names), device="cpu", sharding=sys.argv[1])
+            found[keys] = {name: t.tolist() for name, t in done.items()}
         except BadInput as refused:
             found[keys] = str(refused)
     if int(os.environ.get("RANK", "0")) == 0:

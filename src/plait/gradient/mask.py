@@ -12,6 +12,7 @@ from plait.catalogue import paper
 from plait.fields import Range
 from plait.gradient.base import Gradient
 from plait.method import Ask, Now, method
+from plait.sharding import full
 
 
 def keep_largest(gradients: list[Tensor], keep: float) -> None:
@@ -27,7 +28,7 @@ def keep_largest(gradients: list[Tensor], keep: float) -> None:
     dropped = count - min(count, -int(-keep * count // 1))
     if dropped <= 0:
         return
-    every = [g.abs().flatten() for g in gradients]
+    every = [full(g.abs()).flatten() for g in gradients]
     threshold = (every[0] if len(every) == 1 else torch.cat(every)).kthvalue(dropped + 1).values
     for gradient in gradients:
         gradient.masked_fill_(gradient.abs().to(threshold.dtype) < threshold, 0.0)

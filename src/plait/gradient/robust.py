@@ -10,12 +10,13 @@ from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from plait.catalogue import paper
+from plait.errors import BadInput
 from plait.fields import Range
 from plait.gradient.base import Gradient
 from plait.math.per_example import per_example_gradients
 from plait.method import Ask, Now, method
 from plait.passes import frozen_statistics, rewind
-from plait.sharding import gather
+from plait.sharding import gather, is_sharded
 
 
 def winsorized_mean(gradients: Tensor, percentile: float) -> Tensor:
@@ -77,6 +78,11 @@ class WinsorizedGradient(Gradient):
                 model if now.model is None else now.model
             )  # a wrapper would wait for a backward pass after each call
             trained = [p for _, p in self.parameters(plain)]
+            if any(map(is_sharded, trained)):
+                raise BadInput(
+                    "WinsorizedGradient differentiates each example alone, and weights are sharded over processes: use "
+                    "sharding='none'."
+                )
             if not trained:  # what `where` names rests in this round
                 return value
             back = rewind(now)

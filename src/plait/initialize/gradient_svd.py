@@ -33,6 +33,7 @@ from plait.math.svd import OVERSAMPLE, SumSVD, Triplets
 from plait.method import Ask, Now, method
 from plait.parametrize.base import Parametrization, attached
 from plait.parametrize.low_rank import LowRank
+from plait.sharding import full, like
 
 
 @method
@@ -274,12 +275,12 @@ class LoRAOne(GradientStart):
         def asked(model: nn.Module, now: Now) -> Tensor:
             value = ask(model, now)
             for name, _, adapter in attached(model, LowRank):
-                if matches(self.where, name) and adapter.A.grad is not None and adapter.B.grad is not None:
-                    a, b = adapter.A.detach().double(), adapter.B.detach().double()
+                A, B = adapter.A, adapter.B
+                if matches(self.where, name) and A.grad is not None and B.grad is not None:
+                    a, b, to_a, to_b = (full(t.detach()).double() for t in (A, B, A.grad, B.grad))
                     ridge = self.damping * torch.eye(adapter.rank, dtype=a.dtype, device=a.device)
-                    solved = torch.linalg.solve(b.T @ b + ridge, adapter.A.grad.double())
-                    adapter.A.grad.copy_(solved)
-                    adapter.B.grad.copy_(torch.linalg.solve(a @ a.T + ridge, adapter.B.grad.double().T).T)
+                    A.grad.copy_(like(torch.linalg.solve(b.T @ b + ridge, to_a).to(A.dtype), A))
+                    B.grad.copy_(like(torch.linalg.solve(a @ a.T + ridge, to_b.T).T.to(B.dtype), B))
             return value
 
         return asked

@@ -20,6 +20,7 @@ from plait.loops.tuning import adam_step
 from plait.method import Ask, Now, Predictor, method
 from plait.parametrize.freeze import is_fresh
 from plait.passes import kept
+from plait.sharding import full, like
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,12 @@ class DataEmphasizedELBo(Gradient):
         """Yield (weight, its distance to the prior's mean) of a group, in float32."""
         memory = now.of(self)
         for name, p in group.named:
-            start = memory[f"start {name}"].to(p) if group.centred else 0.0
+            start = like(memory[f"start {name}"].to(p.device, p.dtype), p) if group.centred else 0.0
             yield p, (p.detach() - start).float()
+
+    def square(self, group: Group, now: Now) -> Tensor:
+        """Return the squared distance of a group's weights, together, to the prior's mean."""
+        return torch.stack([full(d.square().sum()) for _, d in self.distances(group, now)]).sum().cpu()
 
     def share(self, groups: list[Group], now: Now) -> float:
         """Return 1 / (kappa N), what the divergence is multiplied by beside the mean misfit."""
@@ -134,13 +139,14 @@ class DataEmphasizedELBo(Gradient):
             first, spread = self.spread(now)
             deviation = F.softplus(spread)
             weights = [p for group in groups for _, p in group.named]
-            noise = [torch.randn(p.shape, generator=now.generator).to(p) for p in weights]
+            noise = [like(torch.randn(p.shape, generator=now.generator).to(p.device, p.dtype), p) for p in weights]
             with kept(weights):
                 with torch.no_grad():
                     for p, e in zip(weights, noise, strict=True):
                         p.add_(e, alpha=float(deviation))
                 value = ask(model, now)
-            slope = sum(float((e * p.grad).sum()) for p, e in zip(weights, noise, strict=True) if p.grad is not None)
+            products = [e * p.grad for p, e in zip(weights, noise, strict=True) if p.grad is not None]
+            slope = sum(float(full(product.sum())) for product in products)
             share = self.share(groups, now)
             bound, slope_of_bound = self.pull(groups, now, deviation, share)
             if first:
@@ -166,7 +172,7 @@ class DataEmphasizedELBo(Gradient):
         """Add share * dKL/dm to the gradients; return (share * KL, its derivative in s)."""
         bound, slope = 0.0, 0.0
         for group in groups:
-            square = torch.stack([d.square().sum() for _, d in self.distances(group, now)]).sum().cpu()
+            square = self.square(group, now)
             kl, variance = divergence(group.count(), square, deviation)
             for p, d in self.distances(group, now):
                 pulled = (d * (share / float(variance))).to(p.dtype)
@@ -200,7 +206,7 @@ class DataEmphasizedELBo(Gradient):
         groups, deviation = self.groups(model), F.softplus(now.of(self)["spread"])
         figures: dict[str, Any] = {"scale": float(deviation)}
         for group in groups:
-            square = torch.stack([d.square().sum() for _, d in self.distances(group, now)]).sum().cpu()
+            square = self.square(group, now)
             variance = float(divergence(group.count(), square, deviation)[1])
             figures[f"{group.title} variance"] = variance
             figures[f"{group.title} strength"] = self.share(groups, now) / variance
