@@ -9,6 +9,10 @@ from torch import nn
 
 from plait import train
 from plait.data.batch_size import AdaptiveBatchSize
+from plait.measure.coherence import Coherence
+from plait.measure.curvature import HessianSpectrum
+from plait.measure.generalization import GeneralizationGap
+from plait.measure.subspace import SubspaceAngle
 from plait.method import Method
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.masked import RAMT
@@ -48,6 +52,10 @@ METHODS: dict[str, list[Method]] = {
     "growing": [SpIEL(density=0.3, every=3, estimate=2, rate=0.5, where="blocks.[01]")],
     "lisa": [LISA(where="blocks.[0-9]", layers=1, period=2)],
     "hft": [HFT(period=2)],
+    "measured": [
+        GaLore(rank=2, period=2, lr=0.01),
+        *(HessianSpectrum(), Coherence(), GeneralizationGap(), SubspaceAngle()),
+    ],
 }
 
 
@@ -59,13 +67,14 @@ def main() -> None:
     methods = METHODS[name]
     run = train(
         Net(), (inputs, (inputs.sum(1) > 0).long()), methods=methods, steps=int(steps), batch_size=16, accumulate=2,
-        sharding=sharding, device="cpu", folder=folder if folder != "-" else None,
+        sharding=sharding, device="cpu", folder=folder if folder != "-" else None, measure_every=2,
     )  # fmt: skip
     state = [t.double() for t in run.model.state_dict().values()]
     apart = max(float((gather(t)[-1] - t).abs().max()) for t in state)
     if int(os.environ.get("RANK", "0")) == 0:
         weights = {name: t.tolist() for name, t in run.model.state_dict().items()}
-        print(json.dumps({"objective": [h["objective"] for h in run.history], "weights": weights, "apart": apart}))
+        objective = [h["objective"] for h in run.history]
+        print(json.dumps({"objective": objective, "weights": weights, "apart": apart, "measures": run.measures}))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,17 @@ def test_two_processes_give_what_one_gives(adapters: str) -> None:
     assert_close(launch(2, "fsdp", adapters), one)
 
 
+def test_measures_of_sharded_weights_are_those_of_whole_ones() -> None:
+    whole, sharded = (launch(2, sharding, "measured") for sharding in ("none", "fsdp"))
+    assert_close(sharded, whole)
+    assert len(whole["measures"]) == 4
+    for name, figures in whole["measures"].items():
+        assert [seen["step"] for seen in figures] == [2, 4, 6]
+        for one, other in zip(figures, sharded["measures"][name], strict=True):
+            numbers = [key for key, value in one.items() if not isinstance(value, dict)]
+            np.testing.assert_allclose([one[key] for key in numbers], [other[key] for key in numbers], rtol=1e-3)
+
+
 @pytest.mark.parametrize("rule", ["lisa", "hft"])
 def test_two_processes_freeze_the_same_weights(rule: str) -> None:
     assert_close(launch(2, "none", rule), launch(1, "none", rule))

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plait.errors import BadInput
+from plait.measure.coherence import Coherence
+from plait.measure.curvature import HessianSpectrum
 from plait.measure.distance import WeightDistance
-from plait.measure.generalization import GradientNormBound
+from plait.measure.generalization import GeneralizationGap, GradientNormBound
 from plait.measure.laziness import Laziness
 from plait.step.adam import AdamW
 from plait.step.layer_sampling import HFT, LISA, named_layers, parts_of, repeated_layers
@@ -320,6 +322,17 @@ def test_the_way_from_the_start_is_that_of_all_weights_whatever_rests(kind: Any,
     assert bound["divergence"] == pytest.approx(moved / (2 * 0.03**2), rel=1e-6)
     assert laziness["weight change"] == pytest.approx(moved**0.5, rel=1e-6)
     assert figures(2, 1e-12)[1][2]["kernel alignment"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_measure_of_layers_that_rest_says_nothing_of_that_step() -> None:
+    probes = [kind(where="layers.0") for kind in (HessianSpectrum, Coherence, GeneralizationGap)]
+    rule = LISA(lr=1e-3, layers=1, period=1)
+    with pytest.warns(UserWarning, match="says nothing of steps in which all that it looks at rests"):
+        run = train(deep(), (X, Y), methods=[*probes, rule], steps=8, batch_size=16, measure_every=1)
+    for probe in probes:
+        assert 0 < len(run.measures[repr(probe)]) < 8
+    with pytest.raises(BadInput, match="where='other'"):
+        train(deep(), (X, Y), methods=[Coherence(where="other")], steps=1, measure_every=1)
 
 
 def test_a_kernel_is_found_one_example_at_a_time_while_layers_rest() -> None:

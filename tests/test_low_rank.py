@@ -27,6 +27,7 @@ from plait.math.svd import OVERSAMPLE, leading_rows
 from plait.measure.subspace import SubspaceAngle
 from plait.recipe import Recipe, make
 from plait.step.adam import AdamW
+from plait.step.dct import DCTAdam
 from plait.step.low_rank import Fira, GaLore, LowRank
 from plait.step.weight_normalized import GradNormLoRP
 from plait.train import train
@@ -424,6 +425,20 @@ def test_the_measure_tells_good_subspaces_from_bad() -> None:
     assert angles(subspace="sketched", sketch=3)["angle"] < 1
     assert cosines["angle"] > 20
     assert cosines["captured"] < 0.9
+
+
+def test_the_measure_sees_what_was_left_out_of_steps_before() -> None:
+    """DCTAdam(feedback=True) projects the sum of that and the gradient."""
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Linear(6, 6, bias=False)
+    rule = DCTAdam(lr=1e-9, rank=1, feedback=True)
+    run = train(model, (x, x.flip(1)), methods=[rule, SubspaceAngle()], steps=3, batch_size=64)
+    state = run.now.optimizer.state[model.weight]
+    whole = torch.autograd.grad((model(x) - x.flip(1)).square().sum() / 64, model.weight)[0] + state["left_out"]
+    basis = cosine_matrix(6, torch.float32, torch.device("cpu"))[:, state["columns"]]
+    kept = (basis.T @ whole).square().sum() / torch.linalg.svdvals(whole)[0] ** 2
+    assert run.measures["SubspaceAngle()"][-1]["captured"] == pytest.approx(float(kept), rel=1e-3)
 
 
 def test_the_measure_needs_a_subspace() -> None:

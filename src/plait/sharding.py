@@ -88,7 +88,8 @@ def refuse_shared(model: nn.Module) -> None:
 
 
 def whole(model: nn.Module, plain: nn.Module) -> nn.Module:
-    """Return `plain`, a skeleton of the model before it was sharded, with the model's weights as whole tensors."""
+    """Return a copy of `plain`, a skeleton of the model before it was sharded, with its weights as whole tensors."""
+    plain = copy.deepcopy(plain)
     state = {name: full(t).detach().clone() for name, t in model.state_dict().items()}
     empty = dict(plain.named_parameters(remove_duplicate=False))  # held, so that identities stay unique
     first: dict[int, str] = {}

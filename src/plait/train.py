@@ -127,7 +127,7 @@ def train(
         run.history.append({"step": now.step, "objective": float(now.objective), **now.parts})
         now.step += 1
         if measure_every and now.step % measure_every == 0:
-            observe(model, methods, now, run.measures)
+            observe(engine.whole(model), methods, now, run.measures)
         stopped = on_step is not None and on_step(now) is True
         if folder is not None and (stopped or (save_every and now.step % save_every == 0)):
             require_finite_weights(model, now, folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -49,6 +50,10 @@ def curve(
     return {"x": plain(x), "lines": made, "across": across, "along": along, "log": log}
 
 
+class NothingTrained(BadInput):
+    """What a measure is to look at holds no weight that is trained."""
+
+
 def trained_by_name(model: nn.Module, where: str = ".*") -> dict[str, nn.Parameter]:
     """Return the parameters that are trained and whose own or whose layer's name matches; refuse if there are none."""
     found = {
@@ -57,7 +62,7 @@ def trained_by_name(model: nn.Module, where: str = ".*") -> dict[str, nn.Paramet
         if p.requires_grad and (matches(where, name) or matches(where, name.rpartition(".")[0]))
     }
     if not found:
-        raise BadInput(f"where={where!r} matches no parameter that is trained: change it, or leave it out.")
+        raise NothingTrained(f"where={where!r} matches no parameter that is trained: change it, or leave it out.")
     return found
 
 
@@ -127,7 +132,10 @@ def untouched(model: nn.Module, now: Now, own: set[str]) -> Iterator[None]:
 
 
 def observe(model: nn.Module, methods: Sequence[Method], now: Now, into: dict[str, list[dict[str, Any]]]) -> None:
-    """Append each measure's figures to `into`; nothing that training, or the next measure, depends on is different."""
+    """Append each measure's figures to `into`; nothing that training, or the next measure, depends on is different.
+
+    Where layers take turns, all that a measure looks at may rest: then it has nothing to say of this step.
+    """
     watching = [m for m in methods if type(m).measure is not Method.measure]
     if not watching:
         return
@@ -135,5 +143,11 @@ def observe(model: nn.Module, methods: Sequence[Method], now: Now, into: dict[st
         with untouched(model, now, {repr(other) for other in watching}):
             for parameter in model.parameters():
                 parameter.grad = None
-            figures = m.measure(model, now)
+            try:
+                figures = m.measure(model, now)
+            except NothingTrained:
+                if not now.resting:
+                    raise
+                warnings.warn(f"{m!r} says nothing of steps in which all that it looks at rests.", stacklevel=2)
+                continue
         into.setdefault(repr(m), []).append({"step": now.step, **figures})

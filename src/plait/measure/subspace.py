@@ -12,9 +12,8 @@ from plait.errors import BadInput
 from plait.fields import Count
 from plait.layers import evaluating
 from plait.math.subspace import captured, exact_rows, principal_angles
-from plait.measure.base import mean_misfit, trained
+from plait.measure.base import mean_misfit, trained_by_name
 from plait.method import Method, Now, method
-from plait.sharding import full
 
 
 def steps_in_a_subspace(method: object) -> bool:
@@ -62,15 +61,18 @@ class SubspaceAngle(Method):
             for batch in now.calibration(self.batches):
                 mean_misfit(model, batch, now).backward()
         rule: Any = now.optimizer
-        named = {id(p) for p in trained(model, self.where)}
+        whole = trained_by_name(model, self.where)  # of a sharded model, too, whose own weights the optimizer holds
+        stepped = model if now.model is None else now.model
+        own = {id(p): whole[name] for name, p in stepped.named_parameters() if name in whole}
         angles: list[Tensor] = []
         kept: list[float] = []
         for p in (p for group in rule.param_groups for p in group["params"]):
-            state = rule.state.get(p, {})
-            if id(p) not in named or p.grad is None or not ({"projector", "columns"} & state.keys()):
+            state, seen = rule.state.get(p, {}), own.get(id(p))
+            if seen is None or seen.grad is None or not ({"projector", "columns"} & state.keys()):
                 continue
-            gradient = full(p.grad).float()
+            gradient = seen.grad.float()
             gradient = gradient.T if gradient.shape[0] > gradient.shape[1] else gradient
+            gradient = gradient + state.get("left_out", 0.0)  # what DCTAdam(feedback=True) adds before it projects
             basis = rule.method.projector(gradient, state)
             best, _ = exact_rows(gradient, basis.shape[1])
             angles.append(principal_angles(basis, best))
