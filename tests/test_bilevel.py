@@ -135,6 +135,7 @@ def test_float32_stops_where_its_precision_ends() -> None:
         ({"steps": 0}, "steps must be"),
         ({"margin": 2.0}, r"margin must be in \(0, 1\), not 2.0"),
         ({"margin": 1.0}, "margin must be"),
+        ({"margin": "thin"}, "margin must be a finite number greater than 0, not 'thin'"),
     ],
 )
 def test_bad_numbers_of_maid_are_refused(given: dict[str, Any], says: str) -> None:
@@ -305,6 +306,9 @@ def test_steps_that_are_too_long_stop_the_run() -> None:
     ("given", "says"),
     [
         ({"growth": 0.6}, "growth"),
+        ({"growth": "fast"}, "growth must be a finite number greater than 0, not 'fast'"),
+        ({"step_size": "small"}, "step_size must be a finite number greater than 0, not 'small'"),
+        ({"proximity": (True, 1.0)}, "proximity"),
         ({"proximity": (0.0, 1.0)}, "proximity"),
         ({"proximity": (1.0,)}, r"proximity must be \(gamma_1, gamma_2\)"),
         ({"constraint": None}, "constraint must be a function, not None"),

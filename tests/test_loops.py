@@ -223,6 +223,7 @@ def test_losses_and_tensors_that_cannot_work_are_refused(which: int, value: Any,
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        ({"step_size": "small"}, "step_size must be a finite number greater than 0, not 'small'"),
         ({"schedule": "expontial"}, "did you mean 'exponential'"),
         ({"steps": 0}, "steps must be"),
         ({"steps": 2.5}, "steps must be a whole number of at least 1, not 2.5"),

@@ -205,13 +205,6 @@ def require_functions(**given: Any) -> None:
             raise BadInput(f"{name} must be a function, not {function!r}.")
 
 
-def require_positive(**given: float | None) -> None:
-    """Refuse numbers that are not greater than 0."""
-    for name, number in given.items():
-        if number is not None and not 0 < number < torch.inf:
-            raise BadInput(f"{name} must be a finite number greater than 0, not {number}.")
-
-
 def is_pair(given: Any) -> bool:
     """Say whether something is two numbers."""
     return isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(n, Real) for n in given)

@@ -17,9 +17,8 @@ from plait.loops.base import (
     Tensors,
     hypergradient_at,
     require_bounds,
-    require_positive,
 )
-from plait.math.transport import require_whole
+from plait.math.transport import require_positive, require_whole
 
 SCHEDULES = ("exponential", "quadratic", "cubic", "exact")
 SHRINK, EXACT, GROW = 0.9, 1e-8, 1.05
@@ -80,7 +79,9 @@ def hoag(
     (5.0, True)
     """
     require_whole(1, steps=steps, iterations=iterations)
-    require_positive(first_tolerance=first_tolerance, tolerance=tolerance, step_size=step_size)
+    require_positive(first_tolerance=first_tolerance, tolerance=tolerance)
+    if step_size is not None:
+        require_positive(step_size=step_size)
     require_bounds(bounds)
     problem = Problem(inner_loss, outer_loss, Flat(params, "params"), Flat(hyper, "hyper"))
     epsilons = [eps for _, eps in zip(range(steps), tolerances(schedule, first_tolerance), strict=False)]

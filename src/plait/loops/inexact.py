@@ -16,9 +16,8 @@ from plait.loops.base import (
     Problem,
     Tensors,
     conjugate_gradients,
-    require_positive,
 )
-from plait.math.transport import require_whole
+from plait.math.transport import require_positive, require_whole
 
 BACKTRACK, SHRINK, GROW, LENGTHEN = 0.9, 0.5, 1.05, 10 / 9
 """Factors of the step size that is refused, of the accuracy, up and down, and of the step size that was taken."""
@@ -232,8 +231,8 @@ def maid(
     """
     require_whole(1, steps=steps, iterations=iterations, budget=budget)
     require_positive(convexity=convexity, smoothness=smoothness, accuracy=accuracy)
-    require_positive(step_size=step_size, tolerance=tolerance)
-    if not 0 < margin < 1:
+    require_positive(step_size=step_size, tolerance=tolerance, margin=margin)
+    if margin >= 1:
         raise BadInput(f"margin must be in (0, 1), not {margin}.")
     problem = Problem(inner_loss, outer_loss, Flat(params, "params"), Flat(hyper, "hyper"))
     if not problem.alone:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from plait.catalogue import paper
 from plait.errors import BadInput, NonFinite
-from plait.loops.base import Bilevel, Flat, Loss, Problem, Tensors, is_pair, require_functions, require_positive
-from plait.math.transport import require_whole
+from plait.loops.base import Bilevel, Flat, Loss, Problem, Tensors, is_pair, require_functions
+from plait.math.transport import require_positive, require_whole
 
 Project = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -81,12 +81,12 @@ def lv_hba(
     if project_params is not None:
         require_functions(project_params=project_params)
     require_positive(step_size=step_size, z_step_size=z_step_size, lower_step_size=lower_step_size, penalty=penalty)
-    require_positive(multiplier_bound=multiplier_bound, tolerance=tolerance)
+    require_positive(multiplier_bound=multiplier_bound, tolerance=tolerance, growth=growth)
     if not is_pair(proximity):
         raise BadInput(f"proximity must be (gamma_1, gamma_2), two numbers, not {proximity!r}.")
     for number in proximity:
         require_positive(proximity=number)
-    if not 0 < growth < 0.5:
+    if growth >= 0.5:
         raise BadInput(f"growth must be in (0, 0.5), not {growth}.")
     problem = Problem(inner_loss, outer_loss, Flat(params, "params"), Flat(hyper, "hyper"))
     bounds = (-multiplier_bound if equality else 0.0, multiplier_bound)
