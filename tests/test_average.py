@@ -15,6 +15,7 @@ from plait.finish.average import EMA, SWA
 from plait.finish.fold import Fold
 from plait.method import Method, Now
 from plait.parametrize.low_rank import LoRA
+from plait.step.layer_sampling import LISA
 from plait.step.momentum import SGD
 from plait.train import Run, train
 
@@ -127,6 +128,21 @@ def test_where_names_what_is_averaged() -> None:
     average = mean(seen)
     expected = {n: average[n] if n.startswith("2") else seen[-1][n].double() for n in average}
     assert close(done.model, expected)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_rest_are_averaged_as_they_stand(first: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4)), nn.Linear(5, 2))
+    average, turns = EMA(decay=0.99), LISA(lr=0.01, layers=1, period=2)
+    seen: list[dict[str, Tensor]] = []
+
+    def look(now: Now) -> None:
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    methods = [average, turns] if first else [turns, average]
+    done = train(model, (X, Y), methods=methods, steps=10, batch_size=8, on_step=look)
+    assert close(done.model, mean(seen))
 
 
 def test_adapters_are_averaged_before_they_are_folded() -> None:

@@ -107,6 +107,14 @@ class Now:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return not all(p.requires_grad for group in groups for p in group["params"])
 
+    def trained(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the weights that the run trains, by name: also those that rest in this step."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        stepped = {id(p) for group in groups for p in group["params"]}
+        for name, p in model.named_parameters():
+            if p.requires_grad or id(p) in stepped:
+                yield name, p
+
     def at(self, value: float | schedule.Schedule) -> float:
         """Return a field's number at this point of the run."""
         if isinstance(value, schedule.Tuned):

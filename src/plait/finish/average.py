@@ -43,10 +43,10 @@ class Average(Method):
         if any(isinstance(m, Average) and m.where == self.where for m in methods[place + 1 :]):
             raise BadInput(f"{name} is followed by another average of the same weights, which would replace its own.")
 
-    def weights(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    def weights(self, model: nn.Module, now: Now) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the trained weights that are averaged."""
-        for name, p in model.named_parameters():
-            if p.requires_grad and (matches(self.where, name) or matches(self.where, name.rpartition(".")[0])):
+        for name, p in now.trained(model):
+            if matches(self.where, name) or matches(self.where, name.rpartition(".")[0]):
                 yield name, p
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class Average(Method):
         if not due and not (seen == 0 and now.step + 1 == now.steps):
             return
         memory["seen"] = torch.tensor(seen + 1)
-        for name, p in self.weights(model):
+        for name, p in self.weights(model, now):
             weight, key = full(p.detach()).to(exact(p.dtype)), f"average.{name}"
             if seen == 0:
                 memory[key] = weight.clone()
@@ -69,7 +69,7 @@ class Average(Method):
     def finish(self, model: nn.Module, now: Now) -> nn.Module:
         """Put the average in place of the weights."""
         memory = now.of(self)
-        for name, p in self.weights(model):
+        for name, p in model.named_parameters():
             if f"average.{name}" in memory:
                 p.copy_(memory[f"average.{name}"])
         gather_statistics(model, now)

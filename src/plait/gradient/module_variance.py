@@ -74,9 +74,8 @@ class AGVM(Gradient):
 
     def groups(self, model: nn.Module, now: Now | None = None) -> dict[str, int]:
         """Return the number of each trained parameter's module, by the parameter's name, also while it rests."""
-        stepped = () if now is None or now.optimizer is None else now.optimizer.param_groups
-        own = {id(p) for group in stepped for p in group["params"]}
-        names = [name for name, p in self.named(model) if p.requires_grad or id(p) in own]
+        trained = {name for name, _ in (now or Now()).trained(model)}
+        names = [name for name, _ in self.named(model) if name in trained]
         patterns = self.modules or tuple(re.escape(child) for child, _ in model.named_children())
         found: dict[str, int] = {}
         for name in names:
