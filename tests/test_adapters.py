@@ -168,6 +168,10 @@ def test_each_row_has_its_own_adapter(make: Any) -> None:
     torch.testing.assert_close(out(base, inputs), alone[None], rtol=0, atol=0)
     with adapters.mixed(["a"]):  # one name for five rows: a row of the batch each five times over
         torch.testing.assert_close(out(base, inputs), alone["a"], rtol=1e-5, atol=1e-5)
+    if isinstance(base, EveryKind):
+        with adapters.mixed(["a", "b"]):  # layers that no row reaches, as experts of a mixture
+            assert base.flat(torch.zeros(0, 12)).shape == (0, 12)
+            assert base.words(IDS[:0]).shape == (0, *IDS.shape[1:], 12)
 
 
 def test_rows_of_beams_follow_their_batch_row_in_generation() -> None:

@@ -51,6 +51,7 @@ def test_a_sum_of_kronecker_products_by_the_letter() -> None:
     torch.testing.assert_close(kronecker_sum(slow, left, right), expected)
     x = torch.randn(2, 5, 6, generator=draw).double()
     torch.testing.assert_close(times_kronecker_sum(x, slow, left, right), x @ expected)
+    assert times_kronecker_sum(x[:0], slow, left, right).shape == (0, 5, 12)
 
 
 def test_the_layer_is_its_equation() -> None:

@@ -192,6 +192,20 @@ def test_bfloat16_stays_within_its_rounding(layer: str, name: str) -> None:
     close(fold(copy.deepcopy(model))(x), output.detach(), 4e-2)
 
 
+@every_layer
+@every_method
+def test_a_layer_takes_what_it_takes_without_adapters(layer: str, name: str) -> None:
+    """Also no examples at all (an expert that no token chose), one without a batch, and in inference mode."""
+    before, model = adapted(layer, METHODS[name]())
+    stir(model)
+    x = inputs_of(layer)
+    model(x[:0]).sum().backward()
+    with torch.inference_mode():
+        every = model.eval()(x)
+        assert model(x[:0]).shape == before(x[:0]).shape
+        close(model(x[0]), every[0], 1e-5)
+
+
 @every_method
 def test_state_round_trip_and_the_base_models_checkpoint(name: str) -> None:
     before, model = adapted("Linear", METHODS[name]())

@@ -180,6 +180,9 @@ def test_a_layer_runs_on_the_numbers_that_its_codes_stand_for(layer: str, form: 
         if x.requires_grad:
             output.square().sum().backward()
         seen.append((output.detach(), x.grad))
+    with torch.inference_mode():
+        assert torch.equal(model(inputs_of(layer)), seen[0][0])
+        assert torch.equal(held.flatten(1).t(), held.dequantize().flatten(1).t())
     assert torch.allclose(seen[0][0], seen[1][0], atol=1e-6)  # channels last sums in another order
     assert seen[0][1] is None or torch.allclose(seen[0][1], seen[1][1], atol=1e-5)
 

@@ -135,6 +135,9 @@ class Packed(Tensor):
     ) -> Any:
         """Run an operation on the numbers, or on the codes where that is the same."""
         kwargs, first = kwargs or {}, args[0] if args else None
+        if func.is_view and torch.is_inference_mode_enabled() and not args[0].is_inference():
+            with torch.inference_mode(False):  # a view of an ordinary tensor must be one too
+                return cls.__torch_dispatch__(func, types, args, kwargs)
         if isinstance(first, Packed):
             if func in (aten.detach.default, aten.alias.default):
                 return first.like(first.parts, first.original)

@@ -144,7 +144,7 @@ class Bank(Parametrization):
             ones = (1,) * (inputs.dim() - 1)
             inner = F.embedding(inputs + rows.view(-1, *ones) * a.shape[2], table)
             made = torch.bmm(inner.flatten(1, -2) if ones else inner.unsqueeze(1), b[rows].transpose(1, 2))
-            return without_padding(layer, inputs, made.view(*inputs.shape, -1))
+            return without_padding(layer, inputs, made.view(*inputs.shape, b.shape[1]))
         if isinstance(layer, CONVOLUTIONS):
             if layer.groups != 1:
                 raise BadInput(f"rows cannot be mixed in '{self.name}', a convolution in groups: switch instead.")
@@ -155,7 +155,7 @@ class Bank(Parametrization):
             made = torch.bmm(b.to(inputs.dtype)[rows], inner.flatten(2))
             return made.view(*made.shape[:2], *inner.shape[2:])
         assert isinstance(layer, nn.Linear) or is_transformers_conv1d(layer)
-        flat = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+        flat = inputs.flatten(1, -2) if inputs.dim() > 2 else inputs.unsqueeze(1)
         inner = torch.bmm(flat, a.to(flat.dtype)[rows].transpose(1, 2))
         made = torch.bmm(inner, b.to(inner.dtype)[rows].transpose(1, 2))
         return made.view(*inputs.shape[:-1], made.shape[-1])

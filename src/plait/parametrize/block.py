@@ -55,7 +55,7 @@ class SharedBlock(Parametrization):
             return None
         size, width = self.B.shape[1], inputs.shape[-1]
         padded = F.pad(inputs, (0, -width % size))
-        summed = padded.view(*padded.shape[:-1], -1, size).sum(-2)
+        summed = padded.view(*padded.shape[:-1], padded.shape[-1] // size, size).sum(-2)
         return below() + F.linear(summed, self.B.to(summed.dtype))
 
 

@@ -26,7 +26,7 @@ def kronecker_sum(slow: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def times_kronecker_sum(x: Tensor, slow: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return x H for x [..., n * p], never forming H."""
     n = len(slow)
-    inner = torch.einsum("...ap,ipr->...air", x.reshape(*x.shape[:-1], n, -1), left)
+    inner = torch.einsum("...ap,ipr->...air", x.reshape(*x.shape[:-1], n, left.shape[1]), left)
     return torch.einsum("...air,iac,irq->...cq", inner, slow, right).flatten(-2)
 
 

@@ -61,7 +61,8 @@ class LowRankChannels(Parametrization):
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
         if isinstance(layer, CONVOLUTIONS):
             kept = values.view(len(values), len(self.channels), *layer.kernel_size)
-            sparse: Tensor = layer._conv_forward(inputs[:, self.channels], kept, bias)
+            read = inputs.index_select(-1 - len(layer.kernel_size), self.channels)
+            sparse: Tensor = layer._conv_forward(read, kept, bias)
             return low + sparse
         return low + F.linear(inputs[..., self.channels], values, bias)
 
