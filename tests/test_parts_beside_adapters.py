@@ -85,11 +85,14 @@ def test_a_shared_bias_is_folded_into_each_of_its_layers() -> None:
     torch.testing.assert_close(fold(model)(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("whole", [None, ["2", "3"]])
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_biases_that_peft_trained_are_loaded(bias: str, tmp_path: Path) -> None:
+def test_biases_that_peft_trained_are_loaded(bias: str, whole: list[str] | None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 8))
-    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["0", "3"], r=2, bias=bias))
+    targets = ["0"] if whole else ["0", "3"]
+    config = LoraConfig(target_modules=targets, modules_to_save=whole, r=2, bias=bias)
+    theirs = get_peft_model(copy.deepcopy(base), config)
     with torch.no_grad():
         for p in theirs.parameters():
             if p.requires_grad:

@@ -37,6 +37,8 @@ from plait.tensors import write_tensors
 PREFIX = "base_model.model."
 BASE, BASE_BIAS = ".base_layer.weight", ".base_layer.bias"
 """How the names end of the frozen embeddings, and of the trained biases, that peft writes beside adapters."""
+TWICE = re.compile(r"\.(modules_to_save|original_module)\.")
+"""In the names of biases that peft's `bias="all"` writes again, of layers that it holds whole under their own names."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -233,6 +235,8 @@ def _update_from(
     biases: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name, kind = _split(key)
+        if TWICE.search(name):
+            continue
         if kind is None and name.endswith(BASE):
             _refuse_another_table(model, name.removesuffix(BASE), tensor, folder, any_base)
         elif kind is None and name.endswith(BASE_BIAS):
