@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from plait import AdamW, LoRA, train
+from plait import AdamW, DoRA, LoRA, train
 from plait.adapters import Adapters
 from plait.errors import BadInput
 from plait.integrations.peft import load_adapter, save_adapter
@@ -104,6 +104,58 @@ def test_biases_that_peft_trained_are_loaded(bias: str, whole: list[str] | None,
     adapters.add("a", tmp_path)
     adapters.switch("a")
     torch.testing.assert_close(base(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def far(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).detach().abs().max())
+
+
+def test_biases_that_were_trained_beside_low_rank_factors_are_part_of_the_update(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.randn(5, 8)
+    for number, methods in enumerate(([LoRA(rank=2, train=".*bias")], DoRA(rank=2, train=".*bias"))):
+        model = copy.deepcopy(base)
+        for method in methods:
+            method.parametrize(model)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.1)
+        folder, rank = tmp_path / str(number), 8 if number else None
+        with pytest.raises(BadInput, match="bias' is trained, and PEFT's files cannot hold it beside the adapter"):
+            save_adapter(model, folder)
+        save_adapter(model, folder, base=base, rank=rank)
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        adapters = Adapters(copy.deepcopy(base))
+        adapters.add("a", model, rank=rank)
+        adapters.switch("a")
+        assert max(far(one(x), model(x)) for one in (theirs, adapters.model)) < 1e-5 < far(base(x), model(x))
+    with pytest.raises(BadInput, match="PEFT's DoRA cannot hold the trained bias of '0': give a rank"):
+        save_adapter(model, tmp_path, base=base)
+
+
+def test_an_adapter_on_weights_that_another_was_folded_into_is_an_update_of_the_base_before_both(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.randn(5, 8)
+    model = copy.deepcopy(base)
+    for _ in range(2):
+        LoRA(rank=1).parametrize(fold(model))
+        with torch.no_grad():
+            for layer in (model[0], model[2]):
+                layer.plait.lora.B.normal_(std=0.02)
+    save_adapter(model, tmp_path, base=base)
+    assert far(load_adapter(copy.deepcopy(base), tmp_path)(x), model(x)) < 1e-5 < far(base(x), model(x))
+    adapters = Adapters(base)
+    with pytest.raises(BadInput, match="the adapter of the model was made for another base"):
+        adapters.add("second", model)
+    adapters.add("second", model, any_base=True)  # alone, on a base that the first was not folded into
+    adapters.switch("second")
+    with torch.no_grad():
+        model[0].weight.copy_(base[0].weight)
+        model[2].weight.copy_(base[2].weight)
+    assert far(base(x), model(x)) < 1e-5
 
 
 def test_a_where_that_is_no_pattern_is_refused() -> None:

@@ -193,7 +193,8 @@ class Adapters:
         if isinstance(source, nn.Module):
             if not any_base and (origin := getattr(source, "_plait_origin", None)):
                 refuse_another_base(self.model, origin, "the adapter of the model", _trained(source))
-            update = update_of(source, self.model, rank)
+            transplanted = any_base and any(stack(layer) for layer in source.modules())
+            update = update_of(source, None if transplanted else self.model, rank)
         else:
             update = read_update(self.model, source, any_base=any_base)
             update = update if rank is None else cut_off(update, self.model, rank)

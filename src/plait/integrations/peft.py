@@ -77,6 +77,11 @@ def write_update(update: Update, model: nn.Module, folder: str | Path, base_mode
         raise BadInput(
             f"PEFT's files hold DoRA on all adapted layers or on none, but '{plain}' has none: fold, or add it."
         )
+    if dora and shifted:
+        raise BadInput(
+            f"PEFT's DoRA cannot hold the trained bias of '{min(shifted)}': give a rank to cut the update off at, "
+            "or fold the model and save it."
+        )
     tensors: dict[str, Tensor] = {f"{PREFIX}{name}": tensor for name, tensor in update.whole.items()}
     for name, factors in found.items():
         layer = model.get_submodule(name)

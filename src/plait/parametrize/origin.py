@@ -101,27 +101,30 @@ def origin_of(model: nn.Module) -> Origin:
     return noted if _adapted(model) else _now(model)
 
 
+def compared(own: Origin, origin: Origin) -> dict[str, bool]:
+    """Return, by the names of the parameters, whether two bases have the same numbers, where both have digests."""
+    pairs = {name: (own[name].partition(" ")[0], origin[name].partition(" ")[0]) for name in origin if name in own}
+    return {name: mine == given for name, (mine, given) in pairs.items() if mine and given}
+
+
 def refuse_another_base(model: nn.Module, origin: Origin, source: str, beside: Collection[str] = ()) -> None:
     """Refuse an adapter that was made for a base with other weights than a model's.
 
     beside: parameters that the adapter brings along itself. What one side has no digest of is not compared.
     """
     own = origin_of(model)
-    both = {
-        name: (own[name].partition(" "), origin[name].partition(" "))
-        for name in origin
-        if name in own and name not in beside
-    }
-    common = [name for name, (mine, given) in both.items() if mine[0] and given[0]]
-    other = [name for name in common if both[name][0][0] != both[name][1][0]]
+    origin = {name: value for name, value in origin.items() if name in own and name not in beside}
+    same = compared(own, origin)
+    other = [name for name, alike in same.items() if not alike]
     if other:
         raise BadInput(
-            f"{source} was made for another base: {len(other)} of {len(common)} weights, '{other[0]}' first, are not "
+            f"{source} was made for another base: {len(other)} of {len(same)} weights, '{other[0]}' first, are not "
             "those it was trained on; load that model, or give any_base=True if you mean this one."
         )
-    for name, (mine, given) in both.items():
-        if mine[2] and given[2] and mine[2] != given[2]:
+    for name, value in origin.items():
+        mine, given = own[name].partition(" ")[2], value.partition(" ")[2]
+        if mine and given and mine != given:
             raise BadInput(
-                f"{source} was made for a base that is quantized otherwise: '{name}' as {given[2]}, here as {mine[2]}; "
+                f"{source} was made for a base that is quantized otherwise: '{name}' as {given}, here as {mine}; "
                 "quantize this one alike, or give any_base=True if you mean this one."
             )

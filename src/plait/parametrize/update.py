@@ -20,7 +20,7 @@ from plait.math.svd import exact_svd, gram_svd
 from plait.parametrize.base import Parametrization, dense_bias, dense_weight, stack, untouched_weight
 from plait.parametrize.freeze import is_fresh
 from plait.parametrize.low_rank import RowNorms, Shift, adapter_dtype, row_norms
-from plait.parametrize.origin import Origin, moved_buffers, origin_of
+from plait.parametrize.origin import Origin, compared, moved_buffers, origin_of
 from plait.parametrize.prompt import refuse_prompts
 
 EXACT = 1024
@@ -81,10 +81,12 @@ def update_of(model: nn.Module, base: nn.Module | None = None, rank: int | None 
         raise BadInput(f"rank is {rank}: give at least 1.")
     made = Update(origin=origin_of(model) if base is None else origin_of(base))
     whole = [] if base is None else changed_beside(model, base)
+    same = {} if base is None else compared(origin_of(model), origin_of(base))
     for name, layer in model.named_modules():
         if not is_linear_map(layer) or any(name == part or name.startswith(f"{part}.") for part in whole):
             continue
-        found = factors_of(name, layer, None if base is None else part_of(base, name), rank)
+        under = None if base is None else part_of(base, name)
+        found = factors_of(name, layer, under, rank, exact=same.get(f"{name}.weight", True))
         if found is None:
             continue
         factors, left, size = found
@@ -108,10 +110,10 @@ def part_of(base: nn.Module, name: str) -> nn.Module:
 
 @torch.no_grad()
 def factors_of(
-    name: str, layer: nn.Module, base: nn.Module | None, rank: int | None
+    name: str, layer: nn.Module, base: nn.Module | None, rank: int | None, exact: bool
 ) -> tuple[Factors, float, float] | None:
     """Return (factors, |what was cut off|^2, |Delta|^2) of one layer, the last two 0 where the factors are exact by
-    construction; None if nothing was done to it.
+    construction; None if nothing was done to it. exact: whether the adapters were put on the base's own weight.
     """
     held = stack(layer)
     weight = own_weight(layer)
@@ -127,9 +129,11 @@ def factors_of(
             f"the weight of '{name}' was quantized after a start took part of it, so that the adapter fits no other "
             "base: give the base and a rank, or fold the model and save it."
         )
-    if held and not weight.requires_grad and not rounded:
+    if held and exact and not weight.requires_grad and not rounded:
         plain = plain_factors(held)
         if plain is not None and (rank is None or (plain.rank <= rank and plain.magnitude is None)):
+            if base is not None and _moved(*(getattr(one, "bias", None) for one in (layer, base))) is not None:
+                plain.shift = _shift(layer, base)
             return plain, 0.0, 0.0
     if base is None:
         if not held:
@@ -139,7 +143,7 @@ def factors_of(
                 f"the parametrization of '{name}' ({_kinds(held)}) is no low-rank update: give the base and a rank to "
                 "cut it off at, or fold the model and save it."
             )
-    delta, shift = _change(layer, base)
+    delta, shift = _change(layer, base), _shift(layer, base)
     if not delta.any() and shift is None:
         return None
     rounding = 8 * torch.finfo(weight.dtype).eps * float(numbers(weight).float().square().sum().sqrt())
@@ -178,17 +182,26 @@ def plain_factors(held: list[Parametrization]) -> Factors | None:
     return Factors(a, b, scale, magnitude, torch.stack(shifts).sum(0) if shifts else None)
 
 
-def _change(layer: nn.Module, base: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-    """Return what was added to a layer's matrix [out, in] and to its bias [out], None if nothing."""
+def _change(layer: nn.Module, base: nn.Module | None) -> Tensor:
+    """Return what was added to a layer's matrix [out, in]."""
     after = matrix(layer, numbers(dense_weight(layer)))
     before = matrix(layer, numbers(unrounded(untouched_weight(layer) if base is None else own_weight(base))))
     kind = adapter_dtype(after)
-    shift = None
-    if (bias := getattr(layer, "bias", None)) is not None:
-        old = bias if base is None else base.bias
-        moved = dense_bias(layer).to(kind) - old.to(kind)  # type: ignore[union-attr, operator]
-        shift = moved if moved.any() else None
-    return after.to(kind) - before.to(kind), shift
+    return after.to(kind) - before.to(kind)
+
+
+def _shift(layer: nn.Module, base: nn.Module | None) -> Tensor | None:
+    """Return what was added to a layer's bias [out]; None if nothing was."""
+    return _moved(dense_bias(layer), getattr(layer if base is None else base, "bias", None))
+
+
+def _moved(bias: Tensor | None, before: Tensor | None) -> Tensor | None:
+    """Return how far a bias is from what it was; None where the two are one, as seen in the coarser of their types."""
+    if bias is None or before is None:
+        return None
+    coarse = min(bias.dtype, before.dtype, key=lambda kind: kind.itemsize)
+    kind = adapter_dtype(bias)
+    return None if torch.equal(bias.to(coarse), before.to(coarse)) else bias.to(kind) - before.to(kind)
 
 
 def truncated(delta: Tensor, rank: int | None, noise: float = 0.0) -> tuple[Factors, float, float]:
