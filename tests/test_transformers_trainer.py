@@ -23,7 +23,10 @@ from transformers import (
 
 from plait import PSKD, BadInput
 from plait.integrations.transformers import Trainer
+from plait.parametrize.base import attached
+from plait.parametrize.hypercomplex import Compacter
 from plait.parametrize.low_rank import LoRA
+from plait.parametrize.module_selection import DiffoRA, GatedLowRank
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -96,6 +99,27 @@ def test_resumes_bitwise(tmp_path: Path) -> None:
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     one, other = state(whole), state(resumed)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_methods_let_layers_share_is_saved_and_resumed(tmp_path: Path) -> None:
+    given = {"save_strategy": "steps", "save_steps": 3}
+    left = []
+    for start in (None, str(tmp_path / "checkpoint-3")):
+        model, methods = llama(), [Compacter(factors=2, width=4, where="down_proj")]
+        trainer = Trainer(model, arguments(tmp_path, **given), train_dataset=rows(), methods=methods)
+        trainer.train(resume_from_checkpoint=start)
+        left.append(state(trainer.finish()))
+    assert largest_difference(*left) == 0
+    assert any("compacter" in name for name in left[0])  # no weight can hold it: the finished model keeps it
+
+
+def test_what_learns_from_the_validation_set_reads_the_evaluation_set(tmp_path: Path) -> None:
+    methods, model = [DiffoRA(rank=2, where=".*proj", search=0.5)], llama()
+    Trainer(model, arguments(tmp_path), train_dataset=rows(), eval_dataset=rows(6), methods=methods).train()
+    settled = {name: int(part.common) for name, _, part in attached(model, GatedLowRank)}
+    assert sum(settled.values()) == len(settled) // 2
+    with pytest.raises(BadInput, match=r"or to transformers' Trainer \(eval_dataset=...\)"):
+        Trainer(llama(), arguments(tmp_path), train_dataset=rows(), methods=methods).train()
 
 
 def test_a_recipe_that_cannot_work_is_refused_at_once(tmp_path: Path) -> None:

@@ -35,12 +35,18 @@ Predictor = Callable[[nn.Module, Any, "Now"], Tensor]
 """(model, inputs, now) -> probabilities [n, classes], or values for regression."""
 
 
+NO_VALIDATION = (
+    "this needs a validation set: give one to plait.train (validation=...), to the recipe's data, or to transformers' "
+    "Trainer (eval_dataset=...)."
+)
+
+
 def _no_evaluation(model: nn.Module) -> float:
-    raise BadInput("this needs a validation set: give one to plait.train (validation=...) or to the recipe's data.")
+    raise BadInput(NO_VALIDATION)
 
 
 def _no_validation(model: nn.Module, number: int) -> Tensor:
-    raise BadInput("this needs a validation set: give one to plait.train (validation=...) or to the recipe's data.")
+    raise BadInput(NO_VALIDATION)
 
 
 def _no_calibration(count: int) -> Iterator[Batch]:

@@ -58,6 +58,19 @@ def predicts_next(model: nn.Module) -> bool:
     return name not in UNSHIFTED and ("ForCausalLM" in name or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
+def untied(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a model, with a copy of each tensor that methods let layers share: transformers saves no ties
+    but those of its own.
+    """
+    state, seen = model.state_dict(), set()
+    own = getattr(model, "all_tied_weights_keys", {})
+    for name, tensor in state.items():
+        if tensor.data_ptr() in seen and name not in own:
+            state[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return state
+
+
 class Trainer(transformers.Trainer):  # type: ignore[misc]
     """transformers' Trainer that takes `methods`, each acting at its place; everything else is as it was.
 
@@ -125,7 +138,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         now.generator = torch.Generator().manual_seed(self.args.seed)
         now.calibration = self._calibration
         if self.eval_dataset is not None:
-            now.evaluate = self._evaluated
+            now.evaluate, now.validate = self._evaluated, self._validated
         now.misfit = self._misfit
         for m in self.methods:
             now.misfit = m.loss(now.misfit)
@@ -156,6 +169,18 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 sums += torch.stack([weighted_sum(misfit, batch.weight), batch.mass()]).double().cpu()
         total, mass = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
         return float(total / max(mass, 1e-12))
+
+    def _validated(self, model: nn.Module, number: int) -> Tensor:
+        """Return the mean misfit of a model on one batch of the evaluation set, to be differentiated."""
+        loader = self.get_eval_dataloader()
+        order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self.args.seed))
+        size = self.args.eval_batch_size
+        rows = order[torch.arange(number * size, (number + 1) * size)[: len(order)] % len(order)]
+        batch = self._batch(loader.collate_fn([loader.dataset[int(row)] for row in rows]))
+        with evaluating(model):
+            misfit = self._misfit(self.now.call(model, batch.inputs), batch.target, self.now)
+        mean: Tensor = weighted_sum(misfit, batch.weight) / batch.mass().clamp_min(1e-12)
+        return mean
 
     def _calibration(self, count: int) -> Iterator[Batch]:
         with torch.random.fork_rng(devices=[]):
@@ -223,6 +248,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     # -- what stands after -------------------------------------------------------------------------------------------
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, untied(self.model) if state_dict is None else state_dict)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -233,15 +261,18 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def finish(self) -> nn.Module:
         """Apply what the methods do after training (fold, prune, merge) and return the plain model.
 
-        A model with soft prompts keeps them and its adapters: no weight can hold a prompt.
+        A model with soft prompts, or with adapters that act on outputs (Compacter), keeps them and its other adapters:
+        no weight can hold them.
         """
+        from plait.parametrize.base import stack
         from plait.parametrize.folding import fold
         from plait.parametrize.prompt import soft_prompts
 
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         for m in self.methods:
             model = m.finish(model, self.now)
-        return model if any(True for _ in soft_prompts(model)) else fold(model)
+        bent = any(not part.linear for layer in model.modules() for part in stack(layer))
+        return model if bent or any(True for _ in soft_prompts(model)) else fold(model)
 
 
 class _Constrain(transformers.TrainerCallback):  # type: ignore[misc]
