@@ -174,6 +174,12 @@ def test_data_that_cannot_be_learnt_from_is_refused(data: Any, given: dict[str, 
     assert sentence in str(caught.value)
 
 
+def test_a_column_of_images_by_another_name_is_offered() -> None:
+    rows = [{"img": np.zeros((8, 8), dtype="uint8"), "label": i % 2} for i in range(20)]
+    with pytest.raises(BadInput, match=r"no column 'image' \(did you mean 'img'\?\): call the one to use 'image'\."):
+        load_task("image-classification", "cnn", rows)
+
+
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
     for i in range(8):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)

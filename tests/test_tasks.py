@@ -193,6 +193,20 @@ def test_answers_that_do_not_fit_are_left_out_and_said() -> None:
     assert "20 of 40 examples" in task.notes[0]
 
 
+def test_what_a_chat_template_refuses_is_named_by_its_row() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no such role') if messages[0].role == 'system' }}"
+    talk = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
+    with pytest.raises(BadInput, match=r"the chat template cannot write row \d+ of .* \(no such role\): change it"):
+        load_task("causal-language-modelling", "llama-tiny", [{"messages": talk}] * 12, tokenizer=tokenizer)
+
+
+def test_prompts_and_responses_by_other_names_tell_the_task() -> None:
+    rows = [{"question": f"say {i}", "answer": f"number {i}"} for i in range(20)]
+    task = load_task(None, "llama-tiny", rows, prompt="question", response="answer")
+    assert task.name == "causal-language-modelling"
+
+
 def test_a_short_text_is_split_inside_itself(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(chr(97 + i % 26) for i in range(800)))
     task = load_task(None, "llama-tiny", tmp_path / "a.txt", length=40)
@@ -337,6 +351,13 @@ def test_a_word_for_a_gap_leaves_a_column_of_numbers_one(gap: str, tmp_path: Pat
         assert written.notes == (says,)
 
 
+def test_columns_may_be_numbered_and_one_without_a_finite_number_is_left_out() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 4))
+    values[:, 1] = np.inf
+    task = load_task("regression", "mlp", pd.DataFrame(values), label=3)
+    assert task.train.batch(torch.arange(4)).inputs.shape == (4, 2)
+
+
 def test_a_column_with_one_word_more_stays_one_of_words_and_a_label_without_a_value_is_refused() -> None:
     rows = [{"size": "NA" if i == 3 else "large" if i == 4 else i % 3, "label": i} for i in range(60)]
     task = load_task("regression", "mlp", {"train": rows, "validation": rows, "test": rows})
@@ -462,6 +483,18 @@ def test_a_row_is_named_by_its_place_in_the_whole_file(tmp_path: Path) -> None:
          "causal-language-modelling", {}, "s.jsonl begins with the assistant: put before it what it answers to"),
         ("f.csv", ["x,label", *(f"{i},{'ab'[i % 2]}" for i in range(30))], "classification", {"features": ["x", "x"]},
          "features has 'x' 2 times: name each column once."),
+        ("d.csv", ["x,label,label", *(f"{i},{'ab'[i % 2]},{'ab'[i % 2]}" for i in range(30))], "classification", {},
+         "d.csv has more than one column 'label': give each a name of its own."),
+        ("t.jsonl", [json.dumps({"text": "a" * 200 if i != 20 else ["a"]}) for i in range(30)],
+         "causal-language-modelling", {},
+         "t.jsonl has the text \"['a']\" in row 21, which is no text (list): write it out, or remove the row."),
+        ("q.jsonl", [json.dumps({"question": "a", "answer": "b"})] * 30, "causal-language-modelling",
+         {"prompt": "questn"}, "no column 'questn' (did you mean 'question'?): name the one to use with prompt=."),
+        *(
+            (f"c{number}.jsonl", [json.dumps({"messages": [PAIRED[0], odd]})] * 30, "causal-language-modelling", {},
+             f"has the message {str(odd)!r} in row 1: give its role and its content as text.")
+            for number, odd in enumerate(({"role": "assistant"}, {"content": "a"}, {"role": "assistant", "content": 5}))
+        ),
     ],
 )  # fmt: skip
 def test_odd_tables_are_refused_in_one_sentence(

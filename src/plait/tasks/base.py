@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -147,17 +147,18 @@ def load_task(
         raise BadInput(f"there is no task '{task}': give one of {', '.join(TASKS)}.")
     if options.get("features") is not None:
         options["features"] = tuple(options["features"])
+    given = Options(
+        task=task or "", model=model, data=data, seed=seed, length=length, rows=rows, text=text, label=str(label),
+        other=other, **options,
+    )  # fmt: skip
     if task is None:
         from plait.tasks.guess import guess
         from plait.tasks.packaged import SETS
         from plait.tasks.reading import read
 
-        data = data if isinstance(data, str) and data in SETS else read(data, options.get("encoding", "utf-8"))
-        task = guess(model, data, text, label)
-    given = Options(
-        task=task, model=model, data=data, seed=seed, length=length, rows=rows, text=text, label=label, other=other,
-        **options,
-    )  # fmt: skip
+        if not (isinstance(data, str) and data in SETS):
+            given = replace(given, data=read(data, given.encoding))
+        given = replace(given, task=(task := guess(given)))
     for name, readers in READ_BY.items():
         value = getattr(given, name)
         if value != known[name].default and task not in readers:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from plait.errors import BadInput
+from plait.tasks.base import Options
 from plait.tasks.packaged import SETS
-from plait.tasks.reading import read, refuse_stray, require_column
+from plait.tasks.reading import read, refuse_stray, require_named
 
 
-def guess(model: Any, data: Any, text: str, label: str) -> str:
+def guess(options: Options) -> str:
     """Return the task that a model and a data set are for."""
-    if isinstance(data, str) and data in SETS:
-        return SETS[data].task
-    tables = read(data)
+    model, text, label = options.model, options.text, options.label
+    if isinstance(options.data, str) and options.data in SETS:
+        return SETS[options.data].task
+    tables = read(options.data, options.encoding)
     table = tables.get("train", next(iter(tables.values())))
-    for name, default in ((text, "text"), (label, "label")):
-        if name != default:  # the user named it
-            require_column(table, name, default)
+    require_named(table, options, "text", "label", "prompt", "response")
     columns = set(table.columns)
     if "image" in columns:
         return "image-classification"
@@ -27,7 +25,7 @@ def guess(model: Any, data: Any, text: str, label: str) -> str:
         return "text-classification"
     if not str(model).startswith("smollm2"):
         refuse_stray(table, "text", ", or give the task, such as causal-language-modelling")
-    if {"prompt", "response"} <= columns or "messages" in columns or text in columns:
+    if {options.prompt, options.response} <= columns or "messages" in columns or text in columns:
         return "causal-language-modelling"
     if label in columns:
         numbers = table[label].dtype.kind == "f" or (table[label].dtype.kind in "iu" and table[label].nunique() > 20)

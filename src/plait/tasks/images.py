@@ -86,7 +86,7 @@ def pixels(table: Table, size: int | None, channels: int | None) -> list[Any]:
     import numpy as np
 
     arrays, source = [], table.attrs["source"]
-    for row, value in zip(rows_of(table), column(table, "image", "data"), strict=True):
+    for row, value in zip(rows_of(table), column(table, "image", ""), strict=True):
         image = opened(value, f"the image in row {row} of {source}")
         grey = image.mode in GREY if channels is None else channels == 1
         image = image.convert("L" if grey else "RGB")

@@ -19,7 +19,7 @@ from plait.models.pretrained import load_transformers
 from plait.models.small import llama_tiny
 from plait.tasks import metrics
 from plait.tasks.base import Options, Task
-from plait.tasks.reading import Table, column, read, rows_of
+from plait.tasks.reading import Table, column, read, require_named, rows_of, texts
 from plait.tasks.sets import Blocks, Texts, shifted
 from plait.tasks.splits import NAMES, is_share, share, three
 from plait.tasks.text import require_length, tokenizer_of
@@ -33,6 +33,7 @@ def build(options: Options) -> Task:
     tokenizer = tokenizer_of(options)
     options = replace(options, data=read(options.data, options.encoding))
     first = next(iter(options.data.values()))
+    require_named(first, options, "prompt", "response")
     notes: list[str] = []
     sets: dict[str, Any]
     if _has_pairs(first, options):
@@ -145,8 +146,7 @@ def packed(options: Options, tokenizer: Any) -> dict[str, Blocks]:
     quota, blocks = quotas(options), {}
     shares = is_share(options.validation) and is_share(options.test)
     if set(tables) == {"all"} and len(tables["all"]) < FEW and shares:
-        texts = column(tables["all"], options.text, "text")
-        whole = encode([str(text) for text in texts], tokenizer, options.length, options.rows)
+        whole = encode(texts(tables["all"], options.text, "text"), tokenizer, options.length, options.rows)
         held = {part: share(getattr(options, part), part, len(whole), 1) for part in ("validation", "test")}
         sizes = [len(whole) - sum(held.values()), held["validation"], held["test"]]
         if sizes[0] < 1:
@@ -154,8 +154,8 @@ def packed(options: Options, tokenizer: Any) -> dict[str, Blocks]:
         blocks = dict(zip(NAMES, torch.split(whole, sizes), strict=True))
     else:
         for part, table in zip(NAMES, three(replace(options, rows=None)), strict=True):
-            texts = _shuffled([str(text) for text in column(table, options.text, "text")], options.split_seed)
-            blocks[part] = encode(texts, tokenizer, options.length, quota[part])
+            shuffled = _shuffled(texts(table, options.text, "text"), options.split_seed)
+            blocks[part] = encode(shuffled, tokenizer, options.length, quota[part])
             if len(blocks[part]) == 0:
                 raise _too_short(table, 0, options)
     return {part: Blocks(tokens) for part, tokens in blocks.items()}
@@ -178,8 +178,8 @@ def _other(options: Options, tokenizer: Any, notes: list[str]) -> Any:
         chosen = table.iloc[order[:count].tolist()]
         chosen.attrs = dict(table.attrs)
         return answers(chosen, tokenizer, options, notes)
-    texts = _shuffled([str(text) for text in column(table, options.text, "text")], options.split_seed)
-    tokens = encode(texts, tokenizer, options.length, count)
+    shuffled = _shuffled(texts(table, options.text, "text"), options.split_seed)
+    tokens = encode(shuffled, tokenizer, options.length, count)
     if len(tokens) == 0:
         raise _too_short(table, 0, options)
     return Blocks(tokens)
@@ -201,25 +201,44 @@ def conversations(table: Table, options: Options) -> list[list[dict[str, str]]]:
                     f"{table.attrs['source']} has the messages {str(messages)[:40]!r} in row {row}: give a list of "
                     "one {role, content} or more."
                 )
+            for message in messages:
+                said = message.get("content") if not message.get("tool_calls") else ""  # a call may stand alone
+                if not (isinstance(message.get("role"), str) and isinstance(said, str)):
+                    raise BadInput(
+                        f"{table.attrs['source']} has the message {str(dict(message))[:60]!r} in row {row}: give its "
+                        "role and its content as text."
+                    )
         return [[dict(message) for message in messages] for messages in held]
-    prompts = column(table, options.prompt, "prompt")
-    responses = column(table, options.response, "response")
+    prompts = texts(table, options.prompt, "prompt")
+    responses = texts(table, options.response, "response")
     return [
-        [{"role": "user", "content": str(question)}, {"role": "assistant", "content": str(answer)}]
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         for question, answer in zip(prompts, responses, strict=True)
     ]
+
+
+def _written(messages: list[dict[str, str]], tokenizer: Any, where: str, prompting: bool = False) -> str:
+    """Return messages as the tokenizer's chat template writes them; BadInput for those that it refuses."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting))
+    except (TemplateError, TypeError) as problem:
+        raise BadInput(
+            f"the chat template cannot write {where} ({problem}): change it, or give it as a column of text."
+        ) from None
 
 
 def rendered(messages: list[dict[str, str]], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
     """Return a conversation as the model reads it, and the stretches [from, to) of it that the assistant says."""
     if messages[0].get("role") == "assistant":
         raise BadInput(f"{where} begins with the assistant: put before it what it answers to, or remove it.")
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    whole = _written(messages, tokenizer, where)
     spans = []
     for i, message in enumerate(messages):
         if message.get("role") == "assistant":
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            before = _written(messages[:i], tokenizer, where, prompting=True)
+            after = _written(messages[: i + 1], tokenizer, where)
             if not (whole.startswith(before) and whole.startswith(after)):
                 raise BadInput(f"the chat template rewrites earlier messages in {where}: give it as a column of text.")
             spans.append((len(before), len(after)))

@@ -69,6 +69,10 @@ def _read(source: Any, encoding: str) -> dict[str, Table]:
 def _named(table: Table, source: str) -> Table:
     if len(table) == 0:
         raise BadInput(f"{source} holds no example: give at least one.")
+    table.columns = table.columns.map(str)
+    if not table.columns.is_unique:
+        twice = table.columns[table.columns.duplicated()][0]
+        raise BadInput(f"{source} has more than one column '{twice}': give each a name of its own.")
     table.attrs["source"] = source
     return table
 
@@ -172,11 +176,15 @@ def _comma_table(text: str, separator: str) -> Table:
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
         try:
-            return pd.read_csv(
+            table = pd.read_csv(
                 io.StringIO(text), sep=separator, keep_default_na=False, na_values=missing, index_col=False
             )
         except pd.errors.ParserWarning:
             raise ValueError("its rows have more fields than its header: name every column there") from None
+    # pandas gives a second column 'label' the name 'label.1', by which a model would be told the label.
+    names = pd.read_csv(io.StringIO(text), sep=separator, header=None, nrows=1, dtype=str).iloc[0]
+    table.columns = [own if isinstance(own, str) else made for own, made in zip(names, table.columns, strict=True)]
+    return table
 
 
 def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
@@ -246,13 +254,24 @@ def refuse_stray(table: Table, what: str, cure: str = "") -> None:
 
 
 def require_column(table: Table, name: str, option: str) -> None:
-    """Raise BadInput for a column that is not there, with the nearest one that is, or what kept it from being there."""
+    """Raise BadInput for a column that is not there, with the nearest one that is, or what kept it from being there.
+
+    option: by which a user names the column; "" where none does.
+    """
     if name not in table.columns:
         if option == "label":
             refuse_stray(table, "text")
         near = did_you_mean(name, [str(c) for c in table.columns])
         source = table.attrs.get("source", "the data")
-        raise BadInput(f"{source} has no column '{name}'{near}: name the one to use with {option}=.")
+        cure = f"name the one to use with {option}=" if option else f"call the one to use '{name}'"
+        raise BadInput(f"{source} has no column '{name}'{near}: {cure}.")
+
+
+def require_named(table: Table, options: Any, *columns: str) -> None:
+    """Raise BadInput for a column that options name otherwise than by default and that is not there."""
+    for option in columns:
+        if (name := getattr(options, option)) != option:
+            require_column(table, name, option)
 
 
 def rows_of(table: Table) -> list[int]:
@@ -269,3 +288,17 @@ def column(table: Table, name: str, option: str) -> list[Any]:
         raise BadInput(f"{table.attrs['source']} has no {name} in row {row}: fill it in, or remove the row.")
     values: list[Any] = table[name].tolist()
     return values
+
+
+def texts(table: Table, name: str, option: str) -> list[str]:
+    """Return a column of texts, numbers as they are written; BadInput names the first row that holds something else."""
+    import numpy as np
+
+    values = column(table, name, option)
+    for row, value in zip(rows_of(table), values, strict=True):
+        if isinstance(value, bytes | list | dict | np.ndarray):
+            raise BadInput(
+                f"{table.attrs['source']} has the {name} {str(value)[:40]!r} in row {row}, which is no text "
+                f"({type(value).__name__}): write it out, or remove the row."
+            )
+    return [str(value) for value in values]

@@ -89,16 +89,17 @@ class Encoder:
             if names.count(name) > 1:
                 raise BadInput(f"features has '{name}' {names.count(name)} times: name each column once.")
         self.names = names
-        self.numeric = [name for name in names if table[name].dtype.kind in "iufb" and table[name].notna().any()]
-        self.words = [name for name in names if name not in self.numeric and table[name].dtype.kind not in "iufb"]
+        numbers = [name for name in names if table[name].dtype.kind in "iufb"]
+        self.numeric = [name for name in numbers if np.isfinite(table[name].astype("float64")).any()]
+        self.words = [name for name in names if name not in numbers]
         for name in self.words:
             if table[name].map(lambda value: isinstance(value, list | dict | np.ndarray)).any():
                 raise BadInput(f"the column '{name}' of {source} holds lists: leave it out with features=.")
         if not self.numeric and not self.words:
             raise BadInput(f"{source} has no column to learn from beside the label: give features=.")
-        numbers = make_pipeline(SimpleImputer(), StandardScaler())
+        scaled = make_pipeline(SimpleImputer(), StandardScaler())
         words = OneHotEncoder(handle_unknown="ignore", sparse_output=False, max_categories=100)
-        self.made = ColumnTransformer([("numeric", numbers, self.numeric), ("words", words, self.words)])
+        self.made = ColumnTransformer([("numeric", scaled, self.numeric), ("words", words, self.words)])
         self.made.fit(self._plain(table))
 
     def _plain(self, table: Table) -> Table:

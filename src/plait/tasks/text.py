@@ -14,7 +14,7 @@ from plait.models.small import byte_tokenizer, llama_tiny
 from plait.parametrize.freeze import mark_fresh
 from plait.tasks.base import Options, Task
 from plait.tasks.classes import classification, labelled, name_classes
-from plait.tasks.reading import column
+from plait.tasks.reading import texts
 from plait.tasks.sets import Texts
 
 OTHER_KINDS = ("mlp", "cnn", "vit", "efficientnet-lite0")
@@ -61,8 +61,7 @@ def build(options: Options) -> Task:
     parts, classes, coded = labelled(options)
     tokenizer, cut, sets = tokenizer_of(options), 0, {}
     for part, table in parts.items():
-        texts = [str(text) for text in column(table, options.text, "text")]
-        tokens = tokenizer(texts, truncation=True, max_length=options.length)["input_ids"]
+        tokens = tokenizer(texts(table, options.text, "text"), truncation=True, max_length=options.length)["input_ids"]
         rows = [torch.tensor(row or [tokenizer.pad_token_id]) for row in tokens]
         cut += sum(len(row) == options.length for row in tokens)
         sets[part] = Texts(rows, torch.tensor(coded[part]), tokenizer.pad_token_id)
