@@ -50,6 +50,14 @@ def test_a_warning_is_one_line() -> None:
 
 
 # -- run -----------------------------------------------------------------------------------------------------------
+def test_a_figure_that_is_no_number_is_null_in_what_is_printed_too() -> None:
+    Path("three.csv").write_text("x,label\n1,2\n2,3\n3,4\n")
+    Path("three.yaml").write_text("{model: mlp, data: three.csv, task: regression, train: {steps: 2, batch_size: 2}}")
+    printed = plait("run", "three.yaml", "--json").stdout  # of one example there is no r2
+    assert "NaN" not in printed
+    assert json.loads(printed) == json.loads(Path("runs/three/results.json").read_text())
+
+
 def test_run_trains_and_writes_down_what_it_saw() -> None:
     done = plait("run", "wine.yaml", "--json")
     assert done.exit_code == 0

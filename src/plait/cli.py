@@ -107,7 +107,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 def say(values: Any) -> None:
     """Print values as JSON."""
-    typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=str))
+    from plait.workbench.writing import plain
+
+    typer.echo(json.dumps(plain(values), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
