@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from plait import sharding
 from plait.batch import Batch, are_probabilities, tree_map, weighted_sum
 from plait.errors import BadInput
-from plait.layers import evaluating, layers
+from plait.layers import evaluating, hooked, layers
 from plait.loss.base import cross_entropy, squared_error
 from plait.math.packed import Packed, quantized_elsewhere
 from plait.method import Method, Misfit, Now
@@ -337,19 +338,15 @@ class Engine:
     def watching(self, model: nn.Module, methods: Sequence[Method], now: Now) -> Iterator[None]:
         """Fill `now.features` with the outputs of the layers that methods watch, during a forward pass."""
         patterns = {m.where if m.watches == "where" else m.watches for m in methods if m.watches}
-        handles = []
-        for pattern in sorted(patterns):
-            for name, layer in layers(self.plain(model), pattern, nn.Module):
 
-                def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                    now.features[name] = output[0] if isinstance(output, tuple) else output
+        def keep(_: nn.Module, __: Any, output: Any, name: str) -> None:
+            now.features[name] = output[0] if isinstance(output, tuple) else output
 
-                handles.append(layer.register_forward_hook(keep))
+        watched = [found for pattern in sorted(patterns) for found in layers(self.plain(model), pattern, nn.Module)]
         try:
-            yield
+            with hooked(layer.register_forward_hook(partial(keep, name=name)) for name, layer in watched):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             now.features = {}
 
     def plain(self, model: nn.Module) -> nn.Module:

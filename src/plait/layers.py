@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from plait.errors import BadInput
 
@@ -161,6 +162,23 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 def weight_identity(layer: nn.Module) -> int:
     """Return the identity of a layer's weight; the layer's own, if the weight is made anew at each reading."""
     return id(layer.weight if isinstance(layer.weight, nn.Parameter) else layer)
+
+
+@contextlib.contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keep hooks for a block of code: remove them after it, whatever happens in it.
+
+    >>> import torch
+    >>> layer, seen = nn.Linear(2, 1), []
+    >>> with hooked([layer.register_forward_hook(lambda layer, inputs, output: seen.append(output))]):
+    ...     output = layer(torch.zeros(2))
+    >>> len(seen), len(layer._forward_hooks)
+    (1, 0)
+    """
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
 
 
 @contextlib.contextmanager

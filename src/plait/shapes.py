@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d
+from plait.layers import CONVOLUTIONS, hooked, is_linear_map, is_transformers_conv1d
 
 
 @contextlib.contextmanager
@@ -39,23 +40,21 @@ def naming_the_layer(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]
 
 def _refusal(model: nn.Module, run: Callable[[], Any]) -> str | None:
     entered: list[tuple[str, nn.Module, Any]] = []
-    handles = []
-    for name, layer in model.named_modules():
-        if is_linear_map(layer):
 
-            def enter(layer: nn.Module, given: tuple[Any, ...], name: str = name) -> None:
-                entered.append((name, layer, given[0] if given else None))
+    def enter(layer: nn.Module, given: tuple[Any, ...], name: str) -> None:
+        entered.append((name, layer, given[0] if given else None))
 
-            def leave(layer: nn.Module, given: Any, output: Any) -> None:
-                entered.pop()
+    def leave(layer: nn.Module, given: Any, output: Any) -> None:
+        entered.pop()
 
-            handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-    try:
-        with torch.no_grad(), contextlib.suppress(RuntimeError, IndexError, ValueError):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    maps = [(name, layer) for name, layer in model.named_modules() if is_linear_map(layer)]
+    with (
+        hooked(layer.register_forward_pre_hook(partial(enter, name=name)) for name, layer in maps),
+        hooked(layer.register_forward_hook(leave) for _, layer in maps),
+        torch.no_grad(),
+        contextlib.suppress(RuntimeError, IndexError, ValueError),
+    ):
+        run()
     return _sentence(*entered[-1]) if entered else None
 
 

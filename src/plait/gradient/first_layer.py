@@ -14,6 +14,7 @@ from plait.fields import Positive
 from plait.gradient.base import Gradient
 from plait.layers import (
     CONVOLUTIONS,
+    hooked,
     is_linear_map,
     is_transformers_conv1d,
     layers,
@@ -149,15 +150,9 @@ class TrAct(Gradient):
 
                 return keep
 
-            handles = [
-                layer.register_forward_hook(watch(rows), with_kwargs=True)
-                for (_, layer), rows in zip(targets, seen, strict=True)
-            ]
-            try:
+            watched = zip(targets, seen, strict=True)
+            with hooked(layer.register_forward_hook(watch(rows), with_kwargs=True) for (_, layer), rows in watched):
                 value = ask(model, now)
-            finally:
-                for handle in handles:
-                    handle.remove()
             for (name, layer), rows in zip(targets, seen, strict=True):
                 if layer.weight.grad is not None or not now.resting:
                     self.rewrite(name, layer, rows)

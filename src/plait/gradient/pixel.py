@@ -13,7 +13,7 @@ from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Positive
 from plait.gradient.base import Gradient
-from plait.layers import layers
+from plait.layers import hooked, layers
 from plait.method import Ask, Method, Now, method
 
 Norm = Literal["euclidean", "largest"]
@@ -107,12 +107,8 @@ class PixelwiseGradientClipping(Gradient):
                 bound = self.bound * (now.share or 1 / len(image))
                 image.register_hook(lambda g: clip_pixels(g, bound, self.channels, self.norm))
 
-        handles = [layer.register_forward_hook(hook) for _, layer in layers(model, self.where, nn.Module)]
-        try:
+        with hooked(layer.register_forward_hook(hook) for _, layer in layers(model, self.where, nn.Module)):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def gradient(self, ask: Ask) -> Ask:
         """Return the oracle whose backward pass is clipped at the layer."""

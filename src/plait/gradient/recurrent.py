@@ -13,7 +13,7 @@ from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import NonNegative, ScheduledNonNegative
 from plait.gradient.base import Gradient
-from plait.layers import layers, require_layers
+from plait.layers import hooked, layers, require_layers
 from plait.method import Ask, Method, Now, method
 
 RECURRENT = (nn.RNN, nn.RNNCell)
@@ -142,15 +142,11 @@ class VanishingGradientRegularizer(Gradient):
         def cell(layer: Any, _: Any, output: Tensor) -> Tensor:
             return through(output.view(1, -1, output.shape[-1]), layer.weight_hh, layer).view_as(output)
 
-        handles = [
+        with hooked(
             layer.register_forward_hook(sequence if isinstance(layer, nn.RNN) else cell)
             for _, layer in layers(model, self.where, RECURRENT)
-        ]
-        try:
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def gradient(self, ask: Ask) -> Ask:
         """Return the oracle with Omega's gradient added."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Annotated, Any
 
@@ -90,23 +91,18 @@ class ActivationStart(Start):
             svd.add(gathered(input_rows(layer, given.detach(), keep)))
             fresh[name] = not (before.shape == svd.vectors.shape and self.settled(before, svd.vectors))
 
-        handles = []
-        with undisturbed(model, now):
-            try:
-                for name, layer, adapter in chosen:
-                    hook = partial(watch, name=name, rank=self.width(adapter))  # type: ignore[arg-type]
-                    handles.append(layer.register_forward_pre_hook(hook))
-                for batch in now.calibration(self.batches):
-                    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
-                    keep = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-                    now.batch = batch
-                    now.call(model, batch.inputs)
-                    last[0] = None
-                    if not any(fresh.values()):
-                        break
-            finally:
-                for handle in handles:
-                    handle.remove()
+        with undisturbed(model, now), ExitStack() as hooks:
+            for name, layer, adapter in chosen:
+                hook = partial(watch, name=name, rank=self.width(adapter))  # type: ignore[arg-type]
+                hooks.enter_context(layer.register_forward_pre_hook(hook))
+            for batch in now.calibration(self.batches):
+                mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
+                keep = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+                now.batch = batch
+                now.call(model, batch.inputs)
+                last[0] = None
+                if not any(fresh.values()):
+                    break
         every = {name: seen.get(twin.get(name, name)) for name, _, _ in chosen}
         for name, svd in every.items():
             if svd is None or float(svd.total) == 0:

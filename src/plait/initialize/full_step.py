@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from functools import partial
 from typing import cast
 
@@ -102,7 +103,6 @@ class LoRASB(Start):
     def _gradients(self, model: nn.Module, now: Now, group: list[Found]) -> dict[str, Tensor]:
         """Return the sum over the batches of each layer's gradient, in float32; one is added at a time."""
         sums: dict[str, Tensor] = {}
-        handles = []
 
         def add(parameter: Tensor, *, name: str) -> None:
             grad, parameter.grad = parameter.grad, None
@@ -114,22 +114,17 @@ class LoRASB(Start):
             else:
                 sums[name] = dense.float()
 
-        with undisturbed(model, now):
-            try:
-                for name, layer, _ in group:
-                    weight = own_weight(layer)
-                    weight.requires_grad_(True)
-                    hook = weight.register_post_accumulate_grad_hook(partial(add, name=name))
-                    handles.append(hook)
-                for batch in now.calibration(self.batches):
-                    now.batch = batch
-                    try:
-                        with torch.enable_grad():
-                            now.ask(model, now)
-                    except RuntimeError as problem:  # nothing of the loss depends on this group
-                        if "does not require grad" not in str(problem):
-                            raise
-            finally:
-                for handle in handles:
-                    handle.remove()
+        with undisturbed(model, now), ExitStack() as hooks:
+            for name, layer, _ in group:
+                weight = own_weight(layer)
+                weight.requires_grad_(True)
+                hooks.enter_context(weight.register_post_accumulate_grad_hook(partial(add, name=name)))
+            for batch in now.calibration(self.batches):
+                now.batch = batch
+                try:
+                    with torch.enable_grad():
+                        now.ask(model, now)
+                except RuntimeError as problem:  # nothing of the loss depends on this group
+                    if "does not require grad" not in str(problem):
+                        raise
         return sums

@@ -7,6 +7,7 @@ are taken in groups, each with its own passes over the batches.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -73,27 +74,22 @@ class GradientStart(Start):
             raise BadInput(f"{type(self).__name__} needs gradients: use it inside plait.train, or set now.ask.")
         chosen = self.found(model)
         sketches: dict[str, SumSVD] = {}
-        handles = []
 
         def fold_in(parameter: Tensor, *, name: str, layer: nn.Module) -> None:
             grad, parameter.grad = parameter.grad, None
             if grad is not None:
                 sketches[name].add(matrix(layer, grad.to_dense() if grad.is_sparse else grad))
 
-        with undisturbed(model, now):
-            try:
-                numbers = {name: number for number, (name, _, _) in enumerate(chosen)}
-                for name, layer, adapter in chosen if group is None else group:
-                    weight = own_weight(layer)
-                    seed = now.generator.initial_seed() % 2**31 + numbers[name]
-                    sketches[name] = SumSVD(matrix_shape(layer), self._width(adapter), seed, weight.device)
-                    weight.requires_grad_(True)
-                    hook = partial(fold_in, name=name, layer=layer)
-                    handles.append(weight.register_post_accumulate_grad_hook(hook))
-                self._passes(model, now, sketches)
-            finally:
-                for handle in handles:
-                    handle.remove()
+        with undisturbed(model, now), ExitStack() as hooks:
+            numbers = {name: number for number, (name, _, _) in enumerate(chosen)}
+            for name, layer, adapter in chosen if group is None else group:
+                weight = own_weight(layer)
+                seed = now.generator.initial_seed() % 2**31 + numbers[name]
+                sketches[name] = SumSVD(matrix_shape(layer), self._width(adapter), seed, weight.device)
+                weight.requires_grad_(True)
+                hook = partial(fold_in, name=name, layer=layer)
+                hooks.enter_context(weight.register_post_accumulate_grad_hook(hook))
+            self._passes(model, now, sketches)
         return sketches
 
     def _passes(self, model: nn.Module, now: Now, sketches: dict[str, SumSVD]) -> None:

@@ -37,11 +37,10 @@ def call_with_chunked_logits(model: nn.Module, inputs: Any) -> Logits:
     own = head.__dict__.get("forward")
     head.__dict__["forward"] = _pass_on
     seen: list[Tensor] = []
-    handle = head.register_forward_hook(lambda _, __, hidden: seen.append(hidden))
     try:
-        output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        with head.register_forward_hook(lambda _, __, hidden: seen.append(hidden)):
+            output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     finally:
-        handle.remove()
         if own is None:
             del head.__dict__["forward"]
         else:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
-from plait.layers import evaluating, layers, matrix, require_layers
+from plait.layers import evaluating, hooked, layers, matrix, require_layers
 from plait.math.criticality import activation_of, recursion, susceptibilities
 from plait.measure.base import curve
 from plait.method import Method, Now, method
@@ -61,14 +61,10 @@ class SignalPropagation(Method):
             seen.setdefault(name, []).append(float(output.double().square().mean()))
 
         chain = dict(layers(model, self.where, is_map))
-        handles = [layer.register_forward_hook(partial(keep, name=name)) for name, layer in chain.items()]
-        try:
-            with evaluating(model):
-                for batch in now.calibration(self.batches):
-                    now.call(model, batch.inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = (layer.register_forward_hook(partial(keep, name=name)) for name, layer in chain.items())
+        with hooked(hooks), evaluating(model):
+            for batch in now.calibration(self.batches):
+                now.call(model, batch.inputs)
         found = [sum(values) / len(values) for values in seen.values()]
         return self.compared(model, [chain[name] for name in seen], found)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plait.catalogue import paper
 from plait.fields import Count, Positive
-from plait.layers import evaluating, is_linear_map, is_transformers_conv1d, layers, matrix, require_layers
+from plait.layers import evaluating, hooked, is_linear_map, is_transformers_conv1d, layers, matrix, require_layers
 from plait.math.low_rank_attention import degree_for
 from plait.method import Method, Now, method
 from plait.parametrize.base import dense_weight, stack, untouched_weight
@@ -76,19 +76,15 @@ class EfficiencyThreshold(Method):
                 moved = given[counted].float() @ updates[name].T
                 added[name] = max(added.get(name, 0.0), float(moved.abs().max()))
 
-        handles = [
+        hooks = (
             layer.register_forward_hook(partial(keep, name=name))
             for name, layer in layers(model, self.where, is_projection)
-        ]
-        try:
-            with evaluating(model):
-                for batch in now.calibration(self.batches):
-                    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
-                    seen["mask"] = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-                    now.call(model, batch.inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        )
+        with hooked(hooks), evaluating(model):
+            for batch in now.calibration(self.batches):
+                mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
+                seen["mask"] = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+                now.call(model, batch.inputs)
         return self.figures(list(norms.values()), list(added.values()), int(seen["tokens"]))
 
     def figures(self, norms: list[float], added: list[float], tokens: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from plait.batch import Batch
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
-from plait.layers import Kinds, evaluating, is_linear_map, layers, matrix, require_layers
+from plait.layers import Kinds, evaluating, hooked, is_linear_map, layers, matrix, require_layers
 from plait.math.logits import dense
 from plait.math.per_example import per_example_jacobians
 from plait.measure.base import remember, remembered, untouched
@@ -154,15 +154,9 @@ class Laziness(Method):
         def keep(layer: nn.Module, inputs: tuple[Tensor, ...], into: list[Tensor]) -> None:
             into[:] = [inputs[0].detach()]
 
-        handles = [
-            layer.register_forward_pre_hook(partial(keep, into=seen))
-            for _, layer in layers(model, self.layer or ".*", kinds)
-        ]
-        try:
+        found = layers(model, self.layer or ".*", kinds)
+        with hooked(layer.register_forward_pre_hook(partial(keep, into=seen)) for _, layer in found):
             outputs = dense(now.call(model, batch.inputs)).numel() // len(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         if outputs * self.count > LARGEST:
             rows = f"{self.count} examples times {outputs} outputs"
             raise BadInput(f"Laziness would form a kernel of {rows}, squared: lower count, or drop it.")

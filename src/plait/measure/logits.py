@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from plait.catalogue import paper
 from plait.fields import Count
-from plait.layers import evaluating, matches
+from plait.layers import evaluating, hooked, matches
 from plait.math.curvature import differentiable_twice
 from plait.math.logits import dense
 from plait.measure.base import curve
@@ -45,28 +46,32 @@ def attention_logits(model: nn.Module, where: str = ".*") -> Iterator[dict[str, 
     An attention layer is a module whose class is named so (transformers, nn.MultiheadAttention); masked pairs do not
     count. Attention runs in its plain form meanwhile.
     """
-    watch, handles = _Softmax(), []
+    watch = _Softmax()
+
+    def enter(*_: Any, name: str) -> None:
+        watch.inside.append(name)
 
     def leave(*_: Any) -> None:
         watch.inside.pop()
 
-    for name, layer in model.named_modules():
-        if "attention" in type(layer).__name__.lower() and matches(where, name):
-
-            def enter(*_: Any, name: str = name) -> None:
-                watch.inside.append(name)
-
-            handles.append(layer.register_forward_pre_hook(enter))
-            handles.append(layer.register_forward_hook(leave, always_call=True))
+    attention = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if "attention" in type(layer).__name__.lower() and matches(where, name)
+    ]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with differentiable_twice(), torch.no_grad(), watch:
+        with (
+            hooked(layer.register_forward_pre_hook(partial(enter, name=name)) for name, layer in attention),
+            hooked(layer.register_forward_hook(leave, always_call=True) for _, layer in attention),
+            differentiable_twice(),
+            torch.no_grad(),
+            watch,
+        ):
             yield watch.seen
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for handle in handles:
-            handle.remove()
 
 
 @paper("wortsman2024small", key="small-scale-proxies", kind="probe")

@@ -14,7 +14,7 @@ from plait.batch import IGNORE, are_probabilities
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, NonNegative, Positive, ScheduledNonNegative, ScheduledProbability
-from plait.layers import layers
+from plait.layers import hooked, layers
 from plait.method import Method, Now, method
 from plait.passes import call_again, swapped
 from plait.penalty.base import Penalty
@@ -80,12 +80,8 @@ def perturbed_layers(model: nn.Module, where: str, inputs: Any) -> list[nn.Modul
 @contextlib.contextmanager
 def noisy(targets: list[nn.Module], noise: Noise) -> Iterator[None]:
     """Add the noise to the outputs of layers during forward passes."""
-    handles = [t.register_forward_hook(lambda _, __, output: noise.add(output)) for t in targets]
-    try:
+    with hooked(t.register_forward_hook(lambda _, __, output: noise.add(output)) for t in targets):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @paper("jiang2020smart", key="smart")

@@ -14,7 +14,7 @@ from plait.batch import IGNORE, Batch
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction, NonNegative, ScheduledNonNegative
-from plait.layers import evaluating, layers, matrix, own_weight, require_layers, weight_identity
+from plait.layers import evaluating, hooked, layers, matrix, own_weight, require_layers, weight_identity
 from plait.math.logits import dense
 from plait.method import Method, Now, method
 from plait.parametrize.base import dense_weight, run, stack, untouched_weight
@@ -87,24 +87,20 @@ def output_fisher(
         seen.append((name, inputs[0].detach(), added))
         return output + added
 
-    handles = [layer.register_forward_hook(partial(keep, name=name)) for name, layer in chosen.items()]
+    hooks = (layer.register_forward_hook(partial(keep, name=name)) for name, layer in chosen.items())
     examples = [batch.take(slice(i, i + 1)) for batch in batches for i in range(len(batch))][:count]
-    try:
-        with evaluating(model), torch.enable_grad():
-            for one in examples:
-                seen.clear()
-                misfit = drawn_misfit(dense(now.call(model, one.inputs)), one.target, now.generator)
-                slopes = torch.autograd.grad(misfit, [added for _, _, added in seen], materialize_grads=True)
-                whole: dict[str, Tensor] = {}
-                for (name, inputs, _), slope in zip(seen, slopes, strict=True):
-                    gradient = weight_gradient(chosen[name], inputs, slope)
-                    whole[name] = whole[name] + gradient if name in whole else gradient
-                for name, gradient in whole.items():
-                    square = gradient @ gradient.T
-                    sums[name] = sums[name] + square if name in sums else square
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(hooks), evaluating(model), torch.enable_grad():
+        for one in examples:
+            seen.clear()
+            misfit = drawn_misfit(dense(now.call(model, one.inputs)), one.target, now.generator)
+            slopes = torch.autograd.grad(misfit, [added for _, _, added in seen], materialize_grads=True)
+            whole: dict[str, Tensor] = {}
+            for (name, inputs, _), slope in zip(seen, slopes, strict=True):
+                gradient = weight_gradient(chosen[name], inputs, slope)
+                whole[name] = whole[name] + gradient if name in whole else gradient
+            for name, gradient in whole.items():
+                square = gradient @ gradient.T
+                sums[name] = sums[name] + square if name in sums else square
     return {name: total / len(examples) for name, total in sums.items()}
 
 

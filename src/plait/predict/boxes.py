@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, NonNegative, ScheduledNonNegative, Size
-from plait.layers import CONVOLUTIONS, evaluating, matches
+from plait.layers import CONVOLUTIONS, evaluating, hooked, matches
 from plait.method import Method, Now, Predictor, method
 from plait.parametrize.base import Adapter, stack
 
@@ -206,15 +207,8 @@ def _averaged(inner: Tensor, mask: Tensor | None) -> Tensor:
 def _watched(model: nn.Module, names: Sequence[str], held: dict[str, Tensor]) -> Iterator[None]:
     """Note the layers' outputs, [n, ..., out], as the model runs."""
 
-    def noting(name: str) -> Any:
-        def note(layer: nn.Module, given: Any, output: Tensor) -> None:
-            held[name] = output.movedim(1, -1) if isinstance(layer, CONVOLUTIONS) else output
+    def note(layer: nn.Module, _: Any, output: Tensor, name: str) -> None:
+        held[name] = output.movedim(1, -1) if isinstance(layer, CONVOLUTIONS) else output
 
-        return note
-
-    hooks = [model.get_submodule(name).register_forward_hook(noting(name)) for name in names]
-    try:
+    with hooked(model.get_submodule(name).register_forward_hook(partial(note, name=name)) for name in names):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
