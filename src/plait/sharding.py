@@ -1,4 +1,4 @@
-"""Sharding by FSDP2: each process holds a part of every weight, gradient and optimizer state."""
+"""Several processes: sharding by FSDP2, where each holds a part of every weight, and what they tell each other."""
 
 from __future__ import annotations
 
@@ -115,10 +115,8 @@ def main_process() -> bool:
 
 def barrier() -> None:
     """Wait for all processes."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    if world_size() > 1:
+        torch.distributed.barrier()
 
 
 def scalar(value: Any) -> Any:
@@ -126,21 +124,31 @@ def scalar(value: Any) -> Any:
     return full(value) if isinstance(value, torch.Tensor) else value
 
 
+def world_size() -> int:
+    """Return how many processes train together: 1 where torch.distributed is not in use."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if started else 1
+
+
 def rank() -> int:
     """Return this process's number."""
-    import torch.distributed as dist
+    return torch.distributed.get_rank() if world_size() > 1 else 0
 
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+def averaged(value: Tensor) -> Tensor:
+    """Return the mean over all processes, in place, or the value itself where there is one."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(value)
+        value /= world_size()
+    return value
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
     """Return a tensor's value on every process, in order."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
+    if world_size() == 1:
         return [tensor]
-    every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, tensor)
+    every = [torch.empty_like(tensor) for _ in range(world_size())]
+    torch.distributed.all_gather(every, tensor)
     return every
 
 

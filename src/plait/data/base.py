@@ -10,6 +10,7 @@ from torch import Tensor
 
 from plait.batch import Batch
 from plait.method import Method, Now, method
+from plait.sharding import world_size
 
 
 @method
@@ -31,6 +32,6 @@ def sweep(now: Now) -> Iterator[Batch]:
 
 def of_all_processes(scores: Tensor) -> Tensor:
     """Return scores [examples] of which each process knows some; the others are -inf."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if world_size() > 1:
         torch.distributed.all_reduce(scores, torch.distributed.ReduceOp.MAX)
     return scores

@@ -15,7 +15,7 @@ from plait.batch import Batch
 from plait.catalogue import paper
 from plait.fields import Count, Positive, Range
 from plait.method import Ask, Method, Now, method
-from plait.sharding import full
+from plait.sharding import full, world_size
 
 
 @paper("lau2024adadagrad", key="adadagrad", theme="optim")
@@ -105,7 +105,7 @@ def pieces(batch: Batch, count: int) -> Iterator[Batch]:
 
 def _least_of_all(count: int, device: torch.device) -> int:
     """Return the least of all processes' numbers: each must ask as often as the others."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if world_size() > 1:
         number = torch.tensor(count, device=device)
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MIN)
         return int(number)
@@ -114,7 +114,7 @@ def _least_of_all(count: int, device: torch.device) -> int:
 
 def _of_all(number: Tensor) -> Tensor:
     """Return the sum of all processes' numbers: a piece is what all of them have of it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if world_size() > 1:
         number = number.clone()
         torch.distributed.all_reduce(number)
     return number

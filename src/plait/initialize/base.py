@@ -20,6 +20,7 @@ from plait.math.packed import Packed, numbers, quantized_elsewhere, unrounded
 from plait.method import Method, Now, method
 from plait.parametrize.base import Parametrization, Parametrize, attached, set_weight, stack
 from plait.parametrize.low_rank import LowRank
+from plait.sharding import gather
 
 Found = tuple[str, nn.Module, Parametrization]
 """An adapter, and the layer that it is on with its name."""
@@ -222,23 +223,8 @@ def undisturbed(model: nn.Module, now: Now) -> Iterator[None]:
         now.generator.set_state(drawn)
 
 
-def averaged(value: Tensor) -> Tensor:
-    """Return the mean over all processes, or the value itself where there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
-        value /= torch.distributed.get_world_size()
-    return value
-
-
 def gathered(rows: Tensor) -> Tensor:
     """Return the rows [n, in] of all processes, in the order of the processes; the numbers of rows may differ."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return rows
-    world = torch.distributed.get_world_size()
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world)]
-    torch.distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    longest = max(int(count) for count in counts)
-    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
-    every = [torch.empty_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(every, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(every, counts, strict=True)])
+    counts = [int(count) for count in gather(torch.tensor([len(rows)], device=rows.device))]
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), rows.shape[1])])
+    return torch.cat([part[:count] for part, count in zip(gather(padded), counts, strict=True)])

@@ -17,7 +17,6 @@ from plait.initialize.base import (
     SHARE,
     Found,
     Start,
-    averaged,
     groups,
     model_bytes,
     refuse_sharers,
@@ -28,6 +27,7 @@ from plait.layers import matrix, matrix_shape, own_weight
 from plait.math.svd import exact_svd, sketched_svd
 from plait.method import Now, method
 from plait.parametrize.core import Core
+from plait.sharding import averaged
 
 
 @paper("ponkshe2024lorasb", key="lora-sb")

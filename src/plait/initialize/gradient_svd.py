@@ -20,7 +20,6 @@ from plait.initialize.base import (
     SHARE,
     Found,
     Start,
-    averaged,
     groups,
     model_bytes,
     move,
@@ -34,7 +33,7 @@ from plait.math.svd import OVERSAMPLE, SumSVD, Triplets
 from plait.method import Ask, Now, method
 from plait.parametrize.base import Parametrization, attached
 from plait.parametrize.low_rank import LowRank
-from plait.sharding import full, like
+from plait.sharding import averaged, full, like
 
 
 @method

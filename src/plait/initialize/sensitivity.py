@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction
-from plait.initialize.base import SHARE, averaged, groups, model_bytes, sharers, undisturbed
+from plait.initialize.base import SHARE, groups, model_bytes, sharers, undisturbed
 from plait.layers import matches, matrix_shape, own_weight, weight_identity
 from plait.method import Method, Now, method
 from plait.parametrize.allocated import Allocated
 from plait.parametrize.base import Adapter, attached
+from plait.sharding import averaged
 
 Found = tuple[str, nn.Module, Allocated]
 """An adapter, and the layer that it is on with its name."""

@@ -13,6 +13,7 @@ from plait.fields import Count, Positive, Probability, ScheduledPositive, Size
 from plait.loops.tuning import FURTHEST, Tuner, knobs, set_numbers
 from plait.method import Method, Now, method
 from plait.passes import frozen_statistics
+from plait.sharding import world_size
 
 
 def objective(model: nn.Module, now: Now) -> Tensor:
@@ -68,8 +69,7 @@ class BOREP(Tuner):
     def initialize(self, model: nn.Module, now: Now) -> None:
         """Refuse a run without a validation set, or of several processes."""
         super().initialize(model, now)
-        started = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if started and torch.distributed.get_world_size() > 1:
+        if world_size() > 1:
             raise BadInput("BOREP is not defined for several processes: run it on one, or tune with STN.")
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:

@@ -14,6 +14,7 @@ from plait.layers import matrix_shape
 from plait.method import Ask, Method, Now, method
 from plait.parametrize.base import Adapter
 from plait.parametrize.sparse import SparseDelta, random_places, shown, trained
+from plait.sharding import averaged, world_size
 
 State = dict[str, Tensor]
 Grown = tuple[Tensor, Tensor, State]
@@ -165,16 +166,11 @@ def take_in(state: State, name: str) -> None:
 
 def _agree(state: State, name: str, first: bool) -> None:
     """Let all processes have the same sums: in the first step those of the first one, later their mean."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    if first:
-        dist.broadcast(state[f"{name} places"], 0)
-        dist.broadcast(state[f"{name} pending"], 0)
-    else:
-        dist.all_reduce(state[f"{name} pending"])
-        state[f"{name} pending"] /= dist.get_world_size()
+    if not first:
+        averaged(state[f"{name} pending"])
+    elif world_size() > 1:
+        torch.distributed.broadcast(state[f"{name} places"], 0)
+        torch.distributed.broadcast(state[f"{name} pending"], 0)
 
 
 @torch.no_grad()

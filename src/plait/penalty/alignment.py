@@ -19,7 +19,7 @@ from plait.math.logits import dense
 from plait.method import Method, Now, method
 from plait.parametrize.base import dense_weight, run, stack, untouched_weight
 from plait.penalty.base import Penalty
-from plait.sharding import full
+from plait.sharding import averaged, full
 from plait.tensors import read_tensors, write_tensors
 
 Split = tuple[Tensor, Tensor]
@@ -102,14 +102,6 @@ def output_fisher(
                 square = gradient @ gradient.T
                 sums[name] = sums[name] + square if name in sums else square
     return {name: total / len(examples) for name, total in sums.items()}
-
-
-def mean_of_all(value: Tensor) -> Tensor:
-    """Return the mean over all processes, which see different examples, or the value itself where there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
-        value = value / torch.distributed.get_world_size()
-    return value
 
 
 def leading(fisher: Tensor, top: int) -> Split:
@@ -226,7 +218,7 @@ class AlignGuard(Penalty):
                 if sum(map(len, batches)) >= count:
                     break
             found = output_fisher(model, batches, now, self.where, count)
-            return {name: leading(mean_of_all(fisher), self.top) for name, fisher in found.items()}
+            return {name: leading(averaged(fisher), self.top) for name, fisher in found.items()}
         read = read_tensors(Path(self.file))
         return {
             name: (self.fitting(read[f"directions/{name}"], name, layer), read[f"values/{name}"][: self.top])

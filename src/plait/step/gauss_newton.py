@@ -20,6 +20,7 @@ from plait.math.logits import dense
 from plait.math.per_example import per_example_jacobians
 from plait.method import Ask, Method, Now, method
 from plait.passes import reversible
+from plait.sharding import world_size
 from plait.step.base import Rule
 
 MOST = 16384
@@ -151,7 +152,7 @@ class EGN(Rule):
         self, model: nn.Module, parameters: dict[str, nn.Parameter], penalties: list[Tensor] | None, now: Now
     ) -> list[Tensor]:
         """Return d of the batch, in the order of the parameters, each flat."""
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if world_size() > 1:
             raise BadInput("EGN solves one system for the whole batch: run it on one process.")
         restore = reversible(model, now)  # a loss may remember each time that it is called
         count = len(now.batch)
