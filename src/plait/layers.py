@@ -40,6 +40,15 @@ def matches(where: str, name: str) -> bool:
     return _pattern(where).fullmatch(name) is not None
 
 
+def matches_weight(where: str, name: str) -> bool:
+    """Say whether a pattern matches the dotted name of a weight, or that of its layer.
+
+    >>> matches_weight("q_proj", "layers.0.q_proj.weight"), matches_weight("bias", "layers.0.q_proj.bias")
+    (True, True)
+    """
+    return matches(where, name) or matches(where, name.rpartition(".")[0])
+
+
 @cache
 def _pattern(where: str) -> re.Pattern[str]:
     try:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction, Probability
-from plait.layers import evaluating, matches
+from plait.layers import evaluating, matches_weight
 from plait.math.update_rule import exact
 from plait.method import Method, Now, method
 from plait.sharding import full
@@ -46,7 +46,7 @@ class Average(Method):
     def weights(self, model: nn.Module, now: Now) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the trained weights that are averaged."""
         for name, p in now.trained(model):
-            if matches(self.where, name) or matches(self.where, name.rpartition(".")[0]):
+            if matches_weight(self.where, name):
                 yield name, p
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import matches
+from plait.layers import matches_weight
 from plait.method import Ask, Method, Now, method
 from plait.passes import frozen_statistics, kept, rewind
 
@@ -42,7 +42,7 @@ class Gradient(Method):
     def named(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters, trained or not, whose name, or whose layer's name, matches `where`."""
         for name, parameter in model.named_parameters():
-            if matches(self.where, name) or matches(self.where, name.rpartition(".")[0]):
+            if matches_weight(self.where, name):
                 yield name, parameter
 
     def gradients(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:

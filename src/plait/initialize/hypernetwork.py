@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from plait.catalogue import paper
 from plait.errors import BadInput
-from plait.layers import CONVOLUTIONS, evaluating, is_linear_map, matches, matrix, unmatrix
+from plait.layers import CONVOLUTIONS, evaluating, is_linear_map, matches_weight, matrix, unmatrix
 from plait.method import Method, Now, method
 from plait.tensors import State, read_state
 
@@ -337,5 +337,5 @@ class LoGAH(Method):
                 p.requires_grad_(wanted)
         with torch.no_grad():
             for name, weight in self.read().weights(model, graph).items():
-                if matches(self.where, name) or matches(self.where, name.rpartition(".")[0]):
+                if matches_weight(self.where, name):
                     model.get_parameter(name).copy_(weight)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from plait.batch import Batch, weighted_sum
 from plait.errors import BadInput
-from plait.layers import matches
+from plait.layers import matches_weight
 from plait.method import Method, Now
 from plait.sharding import full
 
@@ -56,11 +56,7 @@ class NothingTrained(BadInput):
 
 def trained_by_name(model: nn.Module, where: str = ".*") -> dict[str, nn.Parameter]:
     """Return the parameters that are trained and whose own or whose layer's name matches; refuse if there are none."""
-    found = {
-        name: p
-        for name, p in model.named_parameters()
-        if p.requires_grad and (matches(where, name) or matches(where, name.rpartition(".")[0]))
-    }
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad and matches_weight(where, name)}
     if not found:
         raise NothingTrained(f"where={where!r} matches no parameter that is trained: change it, or leave it out.")
     return found

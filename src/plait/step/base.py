@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from plait.errors import BadInput, did_you_mean
 from plait.fields import ScheduledPositive
-from plait.layers import matches
+from plait.layers import matches_weight
 from plait.math import triton_kernels
 from plait.math.kernel_source import Layout
 from plait.math.kernels import Kernel, kernel, launch
@@ -88,7 +88,7 @@ class Rule(Method):
 
     def chosen(self, names: list[str]) -> set[str]:
         """Return the names that `where` matches."""
-        found = {n for n in names if matches(self.where, n) or matches(self.where, n.rpartition(".")[0])}
+        found = {n for n in names if matches_weight(self.where, n)}
         if not found:
             hint = did_you_mean(self.where, {name.rpartition(".")[2] for name in names} | set(names))
             raise BadInput(f"{type(self).__name__}(where={self.where!r}) matches no trained weight{hint}.")

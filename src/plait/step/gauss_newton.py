@@ -14,7 +14,7 @@ from plait.batch import Batch, weighted_sum
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import ScheduledNonNegative, ScheduledPositive, ScheduledProbability
-from plait.layers import matches
+from plait.layers import matches_weight
 from plait.math.gauss_newton import gauss_newton
 from plait.math.logits import dense
 from plait.math.per_example import per_example_jacobians
@@ -131,7 +131,7 @@ class EGN(Rule):
 
     def steps(self, name: str) -> bool:
         """Say whether a parameter of that name is stepped."""
-        return matches(self.where, name) or matches(self.where, name.rpartition(".")[0])
+        return matches_weight(self.where, name)
 
     def penalties(self, ask: Ask, model: nn.Module, parameters: Mapping[str, nn.Parameter], now: Now) -> list[Tensor]:
         """Return the gradients of all but the misfit: those of the batch with no weight on any example."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput, did_you_mean
 from plait.fields import Count, CountByName, NonNegative, Positive, Probability, ScheduledNonNegative, SizeByName
-from plait.layers import matches
+from plait.layers import matches_weight
 from plait.math.subspace import cosine_matrix, cosine_rows, exact_rows, ranged_rows, tracked_rows
 from plait.math.svd import OVERSAMPLE, leading_rows
 from plait.math.update_rule import exact
@@ -112,18 +112,15 @@ class LowRank(Rule):
         if not isinstance(value, dict):
             return value
 
-        def fits(pattern: str, name: str) -> bool:
-            return matches(pattern, name) or matches(pattern, name.rpartition(".")[0])
-
         for pattern in value:
-            if not any(fits(pattern, known) for known in names):
+            if not any(matches_weight(pattern, known) for known in names):
                 ends = {part for known in names for part in known.split(".") if not part.isdigit()}
                 raise BadInput(
                     f"{type(self).__name__}.{field} has the pattern {pattern!r}, which matches no trained weight"
                     f"{did_you_mean(pattern, ends)}."
                 )
         missing = 0 if field == "rank" else type(self).__dataclass_fields__["period"].default
-        return next((number for pattern, number in value.items() if fits(pattern, name)), missing)
+        return next((number for pattern, number in value.items() if matches_weight(pattern, name)), missing)
 
     @classmethod
     def rounds(cls) -> bool:
