@@ -149,6 +149,15 @@ def test_signals_go_through_as_predicted(activation: Callable[[], nn.Module]) ->
     assert start["chi perpendicular"] < 0.5
 
 
+def test_activations_in_place_are_those_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
+    plain = copy.deepcopy(model)
+    plain[3] = nn.ReLU()
+    assert probed(model) == probed(plain)
+    assert model[3].inplace
+
+
 def test_each_kind_of_layer_is_drawn_with_its_inputs() -> None:
     from transformers.pytorch_utils import Conv1D
 

@@ -78,9 +78,9 @@ def test_watching_changes_nothing_and_nothing_to_watch_is_an_error() -> None:
 
     def weights(*methods: IntruderDimensions) -> Tensor:
         torch.manual_seed(0)
-        model = nn.Linear(6, 4)
-        train(nn.Sequential(model), (x, y), squared_error, list(methods), steps=6, measure_every=2)
-        return model.weight.detach()
+        model = nn.Sequential(nn.Linear(6, 40), nn.utils.parametrizations.spectral_norm(nn.Linear(40, 4)))
+        train(model, (x, y), squared_error, list(methods), steps=6, measure_every=2)
+        return torch.cat([t.flatten() for t in model.state_dict().values()])
 
     assert torch.equal(weights(), weights(IntruderDimensions()))
     frozen = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False)

@@ -139,6 +139,20 @@ def test_it_sees_the_weight_that_adapters_make() -> None:
     assert figures["part of full rank at start"] <= 1
 
 
+@pytest.mark.filterwarnings("ignore:no gradient ever reached 'none'")
+def test_a_weight_without_elements_changes_nothing() -> None:
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    found = []
+    for empty in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+        if empty:
+            model.register_parameter("none", nn.Parameter(torch.zeros(0, 3)))
+        run = train(model, (x, x), methods=[SGD(lr=0.1), Laziness(count=4)], steps=2)
+        found.append(run.measures["Laziness(count=4)"])
+    assert found[0] == found[1]
+
+
 def test_what_cannot_work_is_refused() -> None:
     x = drawn(0, 8, 5).float()
     with pytest.raises(BadInput, match="name one layer"):

@@ -7,6 +7,7 @@ the same move apart or together by the susceptibilities chi_par (along the lengt
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -52,7 +53,13 @@ def activation_of(model: nn.Module, name: str = "auto") -> Activation:
         if name not in ACTIVATIONS:
             raise BadInput(f"activation '{name}' is not known{did_you_mean(name, [*ACTIVATIONS, 'auto'])}.")
         return ACTIVATIONS[name]
-    found = {repr(m): m for m in model.modules() if isinstance(m, MODULES)}
+    found: dict[str, Activation] = {}
+    for m in model.modules():
+        if isinstance(m, MODULES):
+            alone = copy.copy(m)
+            if hasattr(alone, "inplace"):
+                alone.inplace = False  # it is asked here for its values alone
+            found[repr(alone)] = alone
     if len(found) != 1:
         seen = f"several activations ({', '.join(found)})" if found else "no activation that is a module of its own"
         raise BadInput(f"{type(model).__name__} has {seen}: name one (activation='relu', ...).")

@@ -79,7 +79,7 @@ def per_example_jacobians(
         jacobians, seen = each(values, batch.inputs)
     except RuntimeError:  # what is wrong with the model itself is raised again below
         jacobians, seen = _one_by_one(called, parameters, batch)
-    return {name: wide(j.reshape(-1, values[name].numel())) for name, j in jacobians.items()}, seen
+    return {name: wide(j.reshape(seen.numel(), values[name].numel())) for name, j in jacobians.items()}, seen
 
 
 @torch.enable_grad()

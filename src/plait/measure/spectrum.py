@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction
-from plait.layers import layers, matrix, own_weight, require_layers
+from plait.layers import evaluating, layers, matrix, own_weight, require_layers
 from plait.math.svd import gram_svd
 from plait.method import Method, Now, method
 from plait.parametrize.base import dense_weight, stack, untouched_weight
@@ -67,10 +67,10 @@ class IntruderDimensions(Method):
     def initialize(self, model: nn.Module, now: Now) -> None:
         """Copy the weights that are trained themselves."""
         held = now.of(self)
-        for name, layer in layers(model, self.where):
-            weight = own_weight(layer)
-            if weight.requires_grad:
-                held[name] = untouched_weight(layer).detach().clone()
+        with evaluating(model):  # a weight that torch computes (spectral_norm) may move its buffers when it is read
+            for name, layer in layers(model, self.where):
+                if own_weight(layer).requires_grad:
+                    held[name] = untouched_weight(layer).detach().clone()
 
     @torch.no_grad()
     def measure(self, model: nn.Module, now: Now) -> dict[str, float]:
