@@ -114,6 +114,22 @@ def test_a_state_of_another_shape_or_device_is_refused(states: Any) -> None:
         rule.step()
 
 
+def test_groups_are_found_by_their_names() -> None:
+    model = stack(3)
+    named = list(model.named_parameters())
+    matrices = {"params": [pair for pair in named if pair[1].dim() > 1], "lr": 0.1}
+    vectors = {"params": [pair for pair in named if pair[1].dim() < 2], "lr": 0.01}
+    rule = AdamW([matrices, vectors])
+    stepped(model, rule)
+    other = copy.deepcopy(model)
+    named = list(other.named_parameters())
+    turned = [{"params": [p for p in reversed(named) if (p[1].dim() > 1) == large]} for large in (False, True)]
+    again = AdamW(turned)
+    again.load_state_dict(copy.deepcopy(rule.state_dict()))
+    assert [group["lr"] for group in again.param_groups] == [0.01, 0.1]
+    assert torch.equal(stepped(other, again), stepped(model, rule))
+
+
 def test_torchs_own_state_is_gone_on_with() -> None:
     model, ours = stack(2), stack(2)
     theirs = torch.optim.AdamW(model.parameters(), lr=0.01)

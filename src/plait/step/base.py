@@ -298,9 +298,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         return {name: float(scalars[name]) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state: parameters are matched by name where both sides have names, and dtypes are kept as saved."""
+        """Load a state: groups and parameters are matched by name where both sides have names; dtypes stay as saved."""
         groups = [dict(group) for group in state_dict["param_groups"]]
+        named = {frozenset(group["param_names"]): group for group in groups if "param_names" in group}
         for place, (saved, own) in enumerate(zip(groups, self.param_groups, strict=False)):
+            saved = named.get(frozenset(own.get("param_names", ())), saved)  # groups may stand in another order
             saved = groups[place] = {**{k: v for k, v in own.items() if k in self.defaults}, **saved}
             theirs, ours = saved.get("param_names"), own.get("param_names")
             if theirs is None or ours is None:
