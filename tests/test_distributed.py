@@ -55,6 +55,29 @@ def test_two_processes_freeze_the_same_weights(rule: str) -> None:
     assert_close(launch(2, "none", rule), launch(1, "none", rule))
 
 
+OWN_LOOP = """
+import torch
+from torch import nn
+from plait.sharding import gather, leave, rank
+from plait.step.layer_sampling import LISA
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(rank())
+rule = LISA(nn.Sequential(*(nn.Linear(3, 3) for _ in range(40))).named_parameters(), layers=20, period=1)
+asked = torch.tensor([p.requires_grad for p in rule.param_groups[0]["params"]])
+assert all(torch.equal(other, asked) for other in gather(asked))
+leave()
+"""
+
+
+def test_processes_of_different_seeds_freeze_the_same_weights(tmp_path: Path) -> None:
+    """In a loop of one's own each process has often a seed of its own."""
+    script = tmp_path / "loop.py"
+    script.write_text(OWN_LOOP)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*start, str(script)], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_two_processes_train_the_same_entries() -> None:
     assert_close(launch(2, "none", "sparse"), launch(1, "none", "sparse"))
 

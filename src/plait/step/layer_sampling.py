@@ -20,7 +20,7 @@ from plait.errors import BadInput
 from plait.fields import Count, Size
 from plait.layers import Layers, matches, repeated_layers
 from plait.method import Method, Now, method
-from plait.sharding import is_sharded
+from plait.sharding import gather, is_sharded
 from plait.step.adam import AdamW
 from plait.step.base import RuleOptimizer
 
@@ -98,8 +98,8 @@ class Rounds(AdamW):
 class RoundsOptimizer(RuleOptimizer):
     """Freezes what a round leaves out, and drops its gradients and states.
 
-    Every parameter group holds the steps `taken` and the `seed` of the draws, so that a loaded state goes on with the
-    round that it was saved in. A round begins right after the last step of the one before; in a loop that says when its
+    Every parameter group holds the steps `taken` and the `seed` of the draws, one for all processes, so that a loaded
+    state goes on with the round that it was saved in. A round begins right after the last step of the one before; in a loop that says when its
     steps begin (`turn`, as plait.train does) it begins there, so that what follows a step still sees what was stepped.
     """
 
@@ -116,8 +116,10 @@ class RoundsOptimizer(RuleOptimizer):
                 f"{type(rule).__name__} freezes whole weights as it goes, and these are sharded: use sharding='none'."
             )
         self.layers = rule.found({name: p.shape for name, p in self.weights.items()})
+        device = next(iter(self.weights.values())).device
+        seed = torch.tensor(torch.initial_seed() % 2**53, device=device)  # a number that JSON keeps exactly
         for group in self.param_groups:
-            group["taken"], group["seed"] = 0, torch.initial_seed() % 2**53  # a number that JSON keeps exactly
+            group["taken"], group["seed"] = 0, int(gather(seed)[0])  # all processes draw as the first does
         self.begin()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
