@@ -15,8 +15,11 @@ from plait.loss.base import squared_error
 from plait.math.curvature import gauss_newton_factors
 from plait.measure.base import observe
 from plait.measure.curvature import BatchCurvature, HessianSpectrum, effective_batch, extreme_of_batch
+from plait.measure.generalization import GeneralizationGap
+from plait.measure.normalization import EffectiveLearningRate
 from plait.measure.stability import DynamicalStability, HessianCoherence, coherence_of, stability_limits
 from plait.method import Method, method
+from plait.schedule import Cosine
 
 
 def linear(x: Tensor, y: Tensor | None = None, batch: int | None = None) -> tuple[nn.Module, Now]:
@@ -241,3 +244,19 @@ def test_observing_leaves_no_notes_of_others() -> None:
     assert set(now.memory) == {"Rude()"}
     assert now.of(Rude())["mine"].item() == 1  # a measure's own notes stay
     assert seen["Rude()"][0]["drawn"] == 4
+
+
+@pytest.mark.parametrize("kind", [DynamicalStability, HessianCoherence, GeneralizationGap, EffectiveLearningRate])
+def test_a_rate_of_zero_is_a_rate(kind: Any) -> None:
+    """As a warmup begins with, and a decay may end with; where there is no run, the rate must be given."""
+    x = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    rates = Cosine(peak=0.1, warmup=0.5)
+    run = train(model, (x, x.sum(1)), methods=[SGD(lr=rates), kind()], steps=4, batch_size=8, measure_every=1)
+    first, second, *_ = run.measures[repr(kind())]
+    proportional = {"trace / allowed", "largest / allowed", "change per step", "effective rate"} & first.keys()
+    assert proportional
+    assert all(first[name] == 0 < second[name] for name in proportional)
+    with pytest.raises(BadInput, match=rf"{kind.__name__} knows no learning rate here: give it one \(lr=...\)"):
+        kind().measure(*linear(x))

@@ -85,11 +85,12 @@ def mean_misfit(model: nn.Module, batch: Batch, now: Now) -> Tensor:
 
 
 def learning_rate_of(method: Method, given: float | None, now: Now) -> float:
-    """Return the learning rate that a measure judges: the one it was given, or else the run's own."""
-    rate = given or now.learning_rate
-    if not rate:
+    """Return the learning rate that a measure judges: the one it was given, or else the run's own, which a schedule may
+    bring to 0.
+    """
+    if given is None and now.optimizer is None and not now.learning_rate:
         raise BadInput(f"{type(method).__name__} knows no learning rate here: give it one (lr=...).")
-    return rate
+    return now.learning_rate if given is None else given
 
 
 @contextlib.contextmanager

@@ -82,7 +82,8 @@ class EffectiveLearningRate(Method):
         norms = [float(torch.linalg.vector_norm(w.detach(), dtype=torch.float64)) for w in weights]
         slopes = [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in gradients]
         slopes = [max(slope * norm, 1e-300) for slope, norm in zip(slopes, norms, strict=True)]
-        rates = [rate / norm ** (2 if self.rule == "sgd" else 1) for norm in norms]
+        factors = [norm ** (-2 if self.rule == "sgd" else -1) for norm in norms]
+        rates = [rate * factor for factor in factors]
 
         def typical(values: list[float]) -> float:
             return math.exp(sum(map(math.log, values)) / len(values))
@@ -90,7 +91,7 @@ class EffectiveLearningRate(Method):
         return {
             "layers": len(found),
             "weight norm": typical(norms),
-            "effective rate": typical(rates),
+            "effective rate": rate * typical(factors),  # a warmup's first rate is 0
             "gradient norm": typical(slopes),
             "by layer": curve(
                 range(len(rates)), {"effective rate": rates}, across="layer", along="effective rate", log="y"

@@ -138,6 +138,8 @@ def stability_limits(coherence: float, rate: float, batch_size: int, examples: i
     >>> stability_limits(2.0, 0.1, 1, 7)
     (8.16496580927726, 5.0)
     """
+    if rate == 0:
+        return math.inf, math.inf
     noise = max(examples / batch_size - 1, 0.0)
     above = 2 / rate if noise == 0 else min(2 / rate, coherence / (rate * math.sqrt(noise)))
     return above, 2 * coherence / (rate * (coherence + noise)) if coherence else 2 / rate

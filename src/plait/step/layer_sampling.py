@@ -99,8 +99,9 @@ class RoundsOptimizer(RuleOptimizer):
     """Freezes what a round leaves out, and drops its gradients and states.
 
     Every parameter group holds the steps `taken` and the `seed` of the draws, one for all processes, so that a loaded
-    state goes on with the round that it was saved in. A round begins right after the last step of the one before; in a loop that says when its
-    steps begin (`turn`, as plait.train does) it begins there, so that what follows a step still sees what was stepped.
+    state goes on with the round that it was saved in. A round begins right after the last step of the one before; in a
+    loop that says when its steps begin (`turn`, as plait.train does) it begins there, so that what follows a step still
+    sees what was stepped.
     """
 
     method: Rounds
