@@ -426,6 +426,8 @@ def test_moments_are_taken_once_a_step() -> None:
 
 def test_winsorized_gradients_stand_first_and_count_weights() -> None:
     """Weights scale the rows that are clipped: a weight of 0 removes an example's pull, 2 doubles it."""
+    with pytest.raises(BadInput, match="WinsorizedGradient needs each example alone, and '0' mixes them"):
+        WinsorizedGradient().check(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)), [])
     with pytest.raises(BadInput, match="put WinsorizedGradient before Clip"):
         train(nn.Linear(3, 2), (torch.randn(6, 3), torch.randn(6, 2)), methods=[Clip(), WinsorizedGradient()], steps=1)
     net, inputs, target = problem()

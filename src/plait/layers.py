@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from plait.errors import BadInput
@@ -105,6 +106,16 @@ def refuse_names_of_others(method: object, model: nn.Module, where: str) -> None
     for name in where.split("|"):
         if not any(True for _ in layers(model, name)):
             refuse_others(method, model, name, sorted({layer.rpartition(".")[2] for layer, _ in layers(model)} - {""}))
+
+
+def refuse_batch_norm(method: object, model: nn.Module) -> None:
+    """Raise BadInput if a layer of the model mixes the examples of a batch, each of which a method looks at alone."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm):
+            raise BadInput(
+                f"{type(method).__name__} needs each example alone, and '{name}' mixes them: use GroupNorm or "
+                "LayerNorm."
+            )
 
 
 Layers = dict[str, list[str]]

@@ -13,8 +13,9 @@ from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Range
 from plait.gradient.base import Gradient
+from plait.layers import refuse_batch_norm
 from plait.math.per_example import per_example_gradients
-from plait.method import Ask, Now, method
+from plait.method import Ask, Method, Now, method
 from plait.passes import frozen_statistics, rewind
 from plait.sharding import gather, is_sharded
 
@@ -57,7 +58,8 @@ class WinsorizedGradient(Gradient):
     k classes are a k-th of the batch: at 100 / k percent and above what they alone pull at, which is most of what they
     teach the last layer, is cut off, and nothing is learned (the published experiments clip 1 to 8 of 100 examples, of
     ten classes). The oracle is asked once, and each example is differentiated once more: n + 1 backward passes a step,
-    and memory for n gradients. Meant for small models and adapters. Stands before all other gradient methods.
+    and memory for n gradients. Meant for small models and adapters, without batch norm. Stands before all other
+    gradient methods.
 
     >>> WinsorizedGradient(percentile=5.0)
     WinsorizedGradient(percentile=5.0)
@@ -66,6 +68,11 @@ class WinsorizedGradient(Gradient):
     percentile: Annotated[float, AfterValidator(Range(0, 50, closed="[)"))] = 4.0
 
     first: ClassVar[bool] = True
+
+    def check(self, model: nn.Module, methods: list[Method]) -> None:
+        """Refuse what stands before it, and layers that mix examples."""
+        super().check(model, methods)
+        refuse_batch_norm(self, model)
 
     def gradient(self, ask: Ask) -> Ask:
         """Return the oracle whose gradient of the misfit is a robust mean over examples."""

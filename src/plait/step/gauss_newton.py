@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from plait.batch import Batch, weighted_sum
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import ScheduledNonNegative, ScheduledPositive, ScheduledProbability
-from plait.layers import matches_weight
+from plait.layers import matches_weight, refuse_batch_norm
 from plait.math.gauss_newton import gauss_newton
 from plait.math.logits import dense
 from plait.math.per_example import per_example_jacobians
@@ -109,9 +108,7 @@ class EGN(Rule):
                 raise BadInput(
                     f"EGN takes derivatives of its own, which {name} would not change: put EGN before {name}."
                 )
-        for name, layer in model.named_modules():
-            if isinstance(layer, _BatchNorm):
-                raise BadInput(f"EGN needs each example alone, and '{name}' mixes them: use GroupNorm or LayerNorm.")
+        refuse_batch_norm(self, model)
 
     def gradient(self, ask: Ask) -> Ask:
         """Put d in place of the gradient."""
