@@ -62,6 +62,17 @@ def test_what_the_model_reads(make: Any) -> None:
     torch.testing.assert_close(ours[MASK.bool()], expected[MASK.bool()], rtol=1e-4, atol=1e-5)
 
 
+def test_padding_on_the_left_shifts_nothing() -> None:
+    model = stir(with_(llama(), SMALL))
+    padded, mask = (torch.cat([torch.zeros_like(t[:, :2]), t], 1) for t in (TOKENS, torch.ones_like(TOKENS)))
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    said = model(padded, attention_mask=mask, position_ids=places).logits
+    torch.testing.assert_close(said[:, 2:], model(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    given = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    made = model.generate(padded, attention_mask=mask, **given)
+    assert torch.equal(made[:, 2:], model.generate(TOKENS, **given))
+
+
 def test_it_starts_as_a_prompt_of_words() -> None:
     words = (3, 4, 5)
     one, two = with_(llama(), EPT(tokens=3, words=words)), with_(llama(), PromptTuning(tokens=3, words=words))

@@ -454,8 +454,9 @@ def test_what_no_weight_can_hold_is_not_folded(name: str, tmp_path: Path) -> Non
     data = (TOKENS.repeat(4, 1), torch.zeros(8, dtype=torch.long))
     with pytest.raises(BadInput, match=r"Fold and P.*Tuning exclude each other: remove one"):
         train(bert(), data, methods=[METHODS[name](), LoRA(rank=2), Fold()], steps=1)
-    with pytest.raises(BadInput, match="needs an attention_mask of one number a token"):
-        model(TOKENS, attention_mask=torch.ones(2, 1, 9, 9))
+    for mask in (torch.ones(2, 1, 9, 9), {"full_attention": torch.ones(2, 1, 9, 9)}):  # the second of a static cache
+        with pytest.raises(BadInput, match="needs an attention_mask of one number a token"):
+            model(TOKENS, attention_mask=mask)
 
 
 def test_a_masked_average_of_heads_sees_the_tokens_alone() -> None:

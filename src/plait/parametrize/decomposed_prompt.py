@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from plait.catalogue import paper
 from plait.fields import Count
@@ -50,11 +51,10 @@ class Decomposed(SoftPrompt):
         """Return F, alike for every example: [1, length, d]."""
         return self.flat().unsqueeze(0)
 
-    def shifted(self, embedded: Tensor, first: int) -> Tensor:
+    def shifted(self, embedded: Tensor, places: Tensor) -> Tensor:
         """Return E + A B, the row of A B for the place of each token; tokens beyond the reach stay as they are."""
-        rows = self.A[first : first + embedded.shape[1]]
-        added = (rows @ self.B).to(embedded.dtype)
-        return embedded + nn.functional.pad(added, (0, 0, 0, embedded.shape[1] - len(rows)))
+        rows = F.embedding(places.clamp_max(len(self.A)), F.pad(self.A, (0, 0, 0, 1)))
+        return embedded + (rows @ self.B).to(embedded.dtype)
 
 
 @paper("lan2025ept", key="ept")
@@ -69,8 +69,8 @@ class EPT(PromptMethod):
     tokens are as they were. The paper's text could not be read: the parts are those of its abstract, and how each is
     formed is chosen here. Fusion, spaces and gate amount to one F for all texts, which the prompt's `flat` gives.
 
-    tokens: of the short prompt. reach: how many tokens of a text the low-rank one is added to, counted from its first
-    column, padding included. rank: of it. spaces, width: of the projections.
+    tokens: of the short prompt. reach: how many tokens of a text the low-rank one is added to, counted from its first;
+    padding is not counted. rank: of it. spaces, width: of the projections.
 
     >>> from plait.models.small import llama_tiny
     >>> model = llama_tiny()

@@ -41,8 +41,8 @@ class SoftPrompt(nn.Module):
         """
         return None
 
-    def shifted(self, embedded: Tensor, first: int) -> Tensor:
-        """Return the embeddings [n, T, d] of the tokens from number `first` on as the model is to read them."""
+    def shifted(self, embedded: Tensor, places: Tensor) -> Tensor:
+        """Return what the model is to read of tokens: their embeddings [n, T, d], at these places [n, T] of a text."""
         return embedded
 
     def keys_values(self) -> Tensor | None:
@@ -156,15 +156,18 @@ def _join(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     seen, held.added = 0 if cache is None else cache.get_seq_length(), 0
     held.own_cache = cache is None and given.get("use_cache") is False
     mask = given.get("attention_mask")
-    if mask is not None and mask.dim() != 2:
-        raise BadInput("a soft prompt needs an attention_mask of one number a token, [n, T]: leave it so.")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise BadInput(
+            "a soft prompt needs an attention_mask of one number a token, [n, T]: leave it so, and the cache dynamic."
+        )
     if mask is None:
         mask = torch.ones(len(embedded), max(seen - held.length, 0) + embedded.shape[1], device=embedded.device)
         mask = mask.long()
     if mask.shape[1] + held.length == max(seen, held.length) + embedded.shape[1]:
         mask = torch.cat([mask.new_ones(len(mask), held.length), mask], 1)
+    places = (mask[:, held.length :].long().cumsum(1) - 1).clamp_min(0)[:, -embedded.shape[1] :]  # without padding
     for prompt in held.prompts():
-        embedded = prompt.shifted(embedded, max(int(seen) - held.length, 0))
+        embedded = prompt.shifted(embedded, places)
     if seen == 0:
         embedded = _lengthened(backbone, embedded, mask[:, held.length :], ids, given)
         cache = _with_prefix(backbone, len(embedded), cache)
