@@ -150,7 +150,10 @@ def test_freezing_leaves_the_others_and_their_bits() -> None:
     ("methods", "says"),
     [
         ([Freeze()], "Freeze would freeze every weight: narrow where, or name in keep what is to be trained."),
-        ([Freeze(where="value", keep="vlaue")], "Freeze.keep='vlaue' matches no weight of Net: change it."),
+        (
+            [Freeze(where="value", keep="vlaue")],
+            "Freeze.keep='vlaue' matches no weight of Net (did you mean 'value'?): change it, or drop it.",
+        ),
         ([Freeze(where="value", keep="value")], "Freeze would freeze nothing: change where or keep, or drop it."),
         ([LoRAPlus()], "LoRAPlus steps the factors of LoRA adapters, but the model has none: add LoRA before it."),
         ([LoRA(rank=2), LoRAPlus(ratio=1.0)], "LoRAPlus does nothing while ratio is 1: change it, or drop LoRAPlus."),

@@ -33,6 +33,7 @@ from plait.parametrize.low_rank_dropout import LoRADropout
 from plait.parametrize.low_rank_sparse import SLTrain
 from plait.parametrize.masked import RAMT
 from plait.parametrize.mixout import Mixout
+from plait.parametrize.prompt import PromptTuning
 from plait.parametrize.pruned import DSEE
 from plait.parametrize.random_bases import RandLoRA
 from plait.parametrize.rank_growth import TriAdaptLoRA
@@ -273,6 +274,20 @@ def test_all_layers_means_neither_new_heads_nor_the_ends_of_a_language_model() -
     assert [name for name, p in net.named_parameters() if p.requires_grad] == [
         *("0.plait.lora.A", "0.plait.lora.B", "1.weight", "1.bias"),
     ]
+
+
+@pytest.mark.parametrize("methods", [[LoRA(rank=2, train="lm_head|norm")], [PromptTuning(train="lm_head|norm")]])
+def test_layers_are_trained_by_their_names_beside_adapters(methods: list[Method]) -> None:
+    model = tiny_llama()
+    for method in methods:
+        method.parametrize(model)
+    beside = [n for n, p in model.named_parameters() if p.requires_grad and ".plait." not in n]
+    assert beside == ["model.norm.weight", "lm_head.weight"]
+    for wrong in (LoRA(rank=2, train="lm_haed"), PromptTuning(train="lm_haed")):
+        with pytest.raises(
+            BadInput, match=r"train='lm_haed' matches no weight .* \(did you mean 'lm_head'\?\): change it"
+        ):
+            wrong.parametrize(tiny_llama())
 
 
 def test_folding_tied_weights_unties_them_and_the_model_saves_and_loads(tmp_path: Path) -> None:

@@ -113,7 +113,10 @@ class Net(nn.Module):
 
 
 BAD_LISTS: list[tuple[list[object], str]] = [
-    ([{"lora": {"train": "nrom"}}], "LoRA.train='nrom' matches no weight of Net: change it, or drop it."),
+    (
+        [{"lora": {"train": "nrom"}}],
+        "LoRA.train='nrom' matches no weight of Net (did you mean 'norm'?): change it, or drop it.",
+    ),
     # order, partners
     (["pissa"], "PiSSA starts LoRA adapters, but the model has none: put a method that adds them before it."),
     (["lora-ga"], "LoRAGA starts LoRA adapters, but the model has none: put a method that adds them before it."),

@@ -89,7 +89,7 @@ def _refuse_idle(m: Method) -> None:
 def _refuse_lost(m: Method, model: nn.Module) -> None:
     """Refuse a pattern that is no regular expression, or that matches no layer and no weight."""
     from plait.layers import layers as linear_maps
-    from plait.layers import matches
+    from plait.layers import matches, require_weights
 
     name = type(m).__name__
     try:
@@ -98,9 +98,8 @@ def _refuse_lost(m: Method, model: nn.Module) -> None:
         raise BadInput(f"{name}.where is no regular expression ({problem}): {m.where!r}.") from None
     layers = [layer for layer, _ in model.named_modules() if layer]
     weights = [weight for weight, _ in model.named_parameters()]
-    trained = getattr(m, "train", "")
-    if isinstance(trained, str) and trained and not any(matches(trained, known) for known in weights):
-        raise BadInput(f"{name}.train={trained!r} matches no weight of {type(model).__name__}: change it, or drop it.")
+    if isinstance(trained := getattr(m, "train", ""), str):
+        require_weights(f"{name}.train", trained, model)
     if m.where == ".*":
         return
     if not any(matches(m.where, known) for known in [*layers, *weights]):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from plait.errors import BadInput
+from plait.errors import BadInput, did_you_mean
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -48,6 +48,16 @@ def matches_weight(where: str, name: str) -> bool:
     (True, True)
     """
     return matches(where, name) or matches(where, name.rpartition(".")[0])
+
+
+def within(where: str, name: str) -> bool:
+    """Say whether a pattern matches the name of a parameter, or of a part of the model that holds it.
+
+    >>> within("head", "head.weight"), within("head|bias", "body.0.bias"), within("head", "overhead.weight")
+    (True, True, False)
+    """
+    parts = name.split(".")
+    return any(matches(where, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
 @cache
@@ -116,6 +126,15 @@ def refuse_batch_norm(method: object, model: nn.Module) -> None:
                 f"{type(method).__name__} needs each example alone, and '{name}' mixes them: use GroupNorm or "
                 "LayerNorm."
             )
+
+
+def require_weights(field: str, pattern: str, model: nn.Module) -> None:
+    """Raise BadInput for a pattern of what is to be trained that matches no weight and no layer that holds one."""
+    names = [name for name, _ in model.named_parameters()]
+    if pattern and not any(within(pattern, name) for name in names):
+        known = {part for name in names for part in name.split(".") if not part.isdigit()}
+        hint = did_you_mean(pattern.rpartition(".")[2], known)
+        raise BadInput(f"{field}={pattern!r} matches no weight of {type(model).__name__}{hint}: change it, or drop it.")
 
 
 Layers = dict[str, list[str]]

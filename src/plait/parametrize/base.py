@@ -24,6 +24,7 @@ from plait.layers import (
     own_weight,
     refuse_names_of_others,
     require_layers,
+    require_weights,
     unmatrix,
 )
 from plait.math.packed import Packed, quantized_elsewhere, readable, unrounded
@@ -332,7 +333,7 @@ def new_or_at_the_ends(model: nn.Module) -> set[str]:
 @method
 class Adapter(Parametrize):
     """A parametrization that is trained in place of the model: everything else is frozen, but for heads that are new
-    (`plait.models.fresh`), other adapters, and the parameters that `train` names ("" none, ".*norm.*|bias", ...).
+    (`plait.models.fresh`), other adapters, and the layers or parameters that `train` names ("" none, "head|bias", ...).
 
     `where=".*"` means every linear map but those new heads and a transformers model's embeddings and output layer, of
     which the first and the last are often one tensor; name these in `where` to adapt them.
@@ -350,6 +351,7 @@ class Adapter(Parametrize):
         from plait.parametrize.lean import spare
         from plait.parametrize.origin import record_origin
 
+        require_weights(f"{type(self).__name__}.train", self.train, model)
         record_origin(model)
         freeze(model, self.train)
         spare(model)

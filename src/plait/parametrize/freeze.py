@@ -6,7 +6,7 @@ from torch import nn
 
 from plait.catalogue import paper
 from plait.errors import BadInput
-from plait.layers import matches
+from plait.layers import require_weights, within
 from plait.math.packed import Packed
 from plait.method import Method, method
 
@@ -36,8 +36,8 @@ def trainable(name: str, parameter: nn.Parameter, wanted: bool) -> bool:
 
 
 def freeze(model: nn.Module, train: str = "") -> None:
-    """Freeze every parameter but those of parametrizations, of fresh layers, and those whose name matches `train`, here
-    or in an earlier call: a second adapter does not freeze what the first one asked to train.
+    """Freeze every parameter but those of parametrizations, of fresh layers, and those that `train` names (or the layer
+    that holds them), here or in an earlier call: a second adapter does not freeze what the first one asked to train.
 
     >>> model = mark_fresh(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), "1")
     >>> freeze(model)
@@ -50,7 +50,7 @@ def freeze(model: nn.Module, train: str = "") -> None:
     for name, parameter in model.named_parameters():
         if ".plait." in f".{name}" or is_fresh(model, name):
             continue
-        parameter.requires_grad_(trainable(name, parameter, any(matches(pattern, name) for pattern in asked)))
+        parameter.requires_grad_(trainable(name, parameter, any(within(pattern, name) for pattern in asked)))
 
 
 @paper("yosinski2014transferable", key="freeze", kind="ground")
@@ -73,22 +73,16 @@ class Freeze(Method):
         return [
             p
             for name, p in model.named_parameters()
-            if ".plait." not in f".{name}" and self._matches(self.where, name) and not self._kept(name)
+            if ".plait." not in f".{name}" and within(self.where, name) and not self._kept(name)
         ]
 
     def _kept(self, name: str) -> bool:
-        return bool(self.keep) and self._matches(self.keep, name)
-
-    @staticmethod
-    def _matches(pattern: str, name: str) -> bool:
-        parts = name.split(".")
-        return any(matches(pattern, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
+        return bool(self.keep) and within(self.keep, name)
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
         """Refuse a pattern that freezes nothing, or everything."""
         frozen, title = {id(p) for p in self.frozen(model)}, type(self).__name__
-        if self.keep and not any(self._kept(name) for name, _ in model.named_parameters()):
-            raise BadInput(f"{title}.keep={self.keep!r} matches no weight of {type(model).__name__}: change it.")
+        require_weights(f"{title}.keep", self.keep, model)
         if not frozen:
             raise BadInput(f"{title} would freeze nothing: change where or keep, or drop it.")
         self._refuse_late(model, methods)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
+from plait.layers import require_weights
 from plait.method import Method, method
 from plait.parametrize.low_rank import adapter_dtype
 
@@ -240,7 +241,7 @@ def _part(held: SoftPrompts, trunk: nn.Module, args: Any, output: Any) -> Any:
 @method
 class PromptMethod(Method):
     """A method that trains soft prompts in place of the model: all else is frozen, but for heads that are new, adapters
-    and the parameters that `train` names, as beside an adapter.
+    and the layers or parameters that `train` names, as beside an adapter.
     """
 
     excludes = ("Fold",)
@@ -257,6 +258,7 @@ class PromptMethod(Method):
         from plait.parametrize.origin import record_origin
 
         self.check(model, [self])
+        require_weights(f"{type(self).__name__}.train", self.train, model)
         record_origin(model)
         freeze(model, self.train)
         spare(model)
