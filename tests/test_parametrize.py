@@ -333,6 +333,8 @@ def test_transformer_encoder_layers_do_not_pass_an_adapter_by() -> None:
         assert (model(x) - before).abs().max() > 1e-3
     with pytest.raises(BadInput, match="MultiheadAttention reads its weight without calling it"):
         LoRA(rank=2, where="out_proj").parametrize(model)
+    with pytest.raises(BadInput, match="cannot act on 'out_proj': nn"):
+        LoRA(rank=2).parametrize(nn.MultiheadAttention(8, 2))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

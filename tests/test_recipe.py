@@ -62,6 +62,8 @@ BAD_TEXTS = {
     METHODS + "- lora: {rnk: 8}": "LoRA has no field 'rnk' (did you mean 'rank'?).",
     METHODS + "- lora: {rank: 0}": "LoRA.rank must be at least 1, not 0.",
     METHODS + "- lora: {rank: big}": "LoRA.rank must be a whole number, not 'big'.",
+    METHODS + "- lora: {where: [q, v]}": "LoRA.where must be a text, not ['q', 'v']: join the names, as in 'q|v'.",
+    METHODS + "- lora: {where: 3}": "LoRA.where must be a text, not 3.",
     METHODS + "- lora: {rank: true}": "LoRA.rank must be a number, not True.",
     METHODS + "- adamw: {lr: true}": "AdamW.lr must be a number, not True.",
     METHODS + "- adamw: {betas: 0.9}": "AdamW.betas must be a list such as [0.9, 0.999], not 0.9.",

@@ -90,8 +90,8 @@ def require_layers(
         raise BadInput(f"{title} finds no layer that it is defined for in {type(model).__name__}: drop it.")
     refuse_others(method, model, where, known)
     near = get_close_matches(where.rpartition(".")[2], known, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'" if near else f"its layers are called {', '.join(known[:8])}"
-    raise BadInput(f"{title}(where={where!r}) matches no layer that it is defined for; {hint}?")
+    hint = f"did you mean '{near[0]}'?" if near else f"its layers are called {', '.join(known[:8])}."
+    raise BadInput(f"{title}(where={where!r}) matches no layer that it is defined for; {hint}")
 
 
 def refuse_others(method: object, model: nn.Module, where: str, known: list[str]) -> None:

@@ -150,6 +150,10 @@ def sentence(cls: type, problem: ValidationError) -> str:
     if kind == "unexpected_positional_argument":
         first = [f.name for f in fields(cls) if f.name != "where"][:1] or ["where"]
         return f"{cls.__name__} takes its fields by name, as in {cls.__name__}({first[0]}=...)."
+    if kind == "string_type":
+        names = isinstance(given, list | tuple) and all(isinstance(part, str) for part in given)
+        cure = f": join the names, as in {'|'.join(given)!r}" if names and given else ""
+        return f"{cls.__name__}.{name} must be a text, not {given!r}{cure}."
     if isinstance(inner := error.get("ctx", {}).get("error"), BadInput):
         return f"{cls.__name__}.{name}: {inner}"
     if kind.startswith(("int_", "float_")) and kind not in ("int_parsing_size",):

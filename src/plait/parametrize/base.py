@@ -229,7 +229,8 @@ def attached(model: nn.Module, kind: type[P]) -> Iterator[tuple[str, nn.Module, 
 
 def _read_by_others(model: nn.Module) -> set[str]:
     """Return the names of layers whose weight is read without calling them, so that a parametrization does nothing."""
-    return {f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    attentions = [name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    return {f"{name}.out_proj" if name else "out_proj" for name in attentions}
 
 
 def _check_weight(title: str, name: str, layer: nn.Module) -> None:
