@@ -230,12 +230,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], sentenc
     assert done.stdout == ""
 
 
-def test_a_file_where_a_folder_should_be_is_bad_input() -> None:
-    refused = plait("run", "wine.yaml", "--out", "wine.yaml")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("wine.yaml", "File exists"), ("/proc/x", "No such file or directory"), ("x" * 300, "File name too long")],
+)
+def test_a_name_that_no_folder_can_have_is_bad_input(name: str, reason: str) -> None:
+    refused = plait("run", "wine.yaml", "--out", name)
     assert refused.exit_code == 2
-    assert refused.stderr.splitlines()[-1] == (
-        "plait: cannot use 'wine.yaml' (File exists): give another file or folder."
-    )
+    said = refused.stderr.splitlines()[-1]
+    assert said.startswith(f"plait: cannot use '{name}")
+    assert said.endswith(f" ({reason}): give another file or folder.")
 
 
 def test_an_unknown_command_is_bad_input() -> None:

@@ -25,12 +25,14 @@ BAD_TEXTS = {
     METHODS + "- [lora": ("the recipe, line 4: this is not YAML (expected ',' or ']', but got '<stream end>')."),
     BASE + "model: cnn": "the recipe, line 3: 'model' stands twice; remove one.",
     METHODS + "- lora: {rank: 8, rank: 4}": "the recipe, line 4: 'rank' stands twice; remove one.",
+    METHODS + "- {[lora]: 8}": "the recipe, line 4: a key is a list or mapping; write a name.",
     # the recipe's own lines
     "- lora": "the recipe must be a mapping of lines such as 'model: minilm', not ['lora'].",
     "data: wine": "the recipe names no model: add a line such as 'model: minilm'.",
     "model: mlp": "the recipe names no data: add a line such as 'data: tweets'.",
     BASE + "metods: [lora]": "the recipe has no option 'metods' (did you mean 'methods'?).",
     BASE + "name: a/b": "name must be usable as the name of a folder, not 'a/b'.",
+    BASE + 'name: "a\\0b"': "name must be usable as the name of a folder, not 'a\\x00b'.",
     BASE + "seed: -1": "seed must be a whole number of at least 0 and at most 4294967295, not -1.",
     BASE + "seed: true": "seed must be a whole number of at least 0 and at most 4294967295, not True.",
     BASE + "train: {step: 5}": "train has no option 'step' (did you mean 'steps'?).",
@@ -45,8 +47,8 @@ BAD_TEXTS = {
     "model: mlp\ndata: 3": "data must be a mapping of options, not 3.",
     "model: mlp\ndata: {source: wine, row: 5}": "data has no option 'row' (did you mean 'rows'?).",
     "model: mlp\ndata: {source: wine, rows: 1}": "data.rows must be a whole number of at least 2, not 1.",
-    "model: mlp\ndata: {source: wine, test: 1.5}": (
-        "data.test must be a share between 0 and 1, or a source of data, not 1.5."
+    "model: mlp\ndata: {source: wine, test: 0.7}": (
+        "data.test must be a share between 0 and 0.5, or a source of data, not 0.7."
     ),
     "model: mlp\ndata: {source: wine, features: ash}": "data.features must be a list of names, not 'ash'.",
     # how methods are written

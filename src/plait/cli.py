@@ -40,14 +40,14 @@ class Commands(TyperGroup):
             typer.echo(f"plait: {problem}", err=True)
             code = {BadInput: BAD_INPUT, NonFinite: FAILED}.get(type(problem), INTERRUPTED)
             raise typer.Exit(code) from None
-        except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as problem:
-            said = f"cannot use '{problem.filename}' ({problem.strerror}): give another file or folder."
-            typer.echo(f"plait: {said}", err=True)
-            raise typer.Exit(BAD_INPUT) from None
         except OSError as problem:
-            if problem.errno not in FULL:
+            if problem.errno in FULL:
+                said = f"{problem.strerror}: free some room and run the same command again."
+            elif problem.filename is not None:
+                said = f"cannot use '{problem.filename}' ({problem.strerror}): give another file or folder."
+            else:
                 raise
-            typer.echo(f"plait: {problem.strerror}: free some room and run the same command again.", err=True)
+            typer.echo(f"plait: {said}", err=True)
             raise typer.Exit(BAD_INPUT) from None
         except UsageError as problem:
             _mistyped(problem, f"{ctx.command_path} {ctx.invoked_subcommand or ''}".rstrip())

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _SHARE: Any = {
     "rule": (
-        "a share between 0 and 1, or a source of data",
-        lambda v: (isinstance(v, str) and bool(v)) or (isinstance(v, float) and 0 < v < 1),
+        "a share between 0 and 0.5, or a source of data",
+        lambda v: (isinstance(v, str) and bool(v)) or (isinstance(v, float) and 0 < v < 0.5),
     )
 }
 
@@ -114,7 +114,7 @@ class Recipe(Section):
             raise BadInput("the recipe names no model: add a line such as 'model: minilm'.")
         if not self.data.source:
             raise BadInput("the recipe names no data: add a line such as 'data: tweets'.")
-        if "/" in self.name or self.name.startswith("."):
+        if "/" in self.name or self.name.startswith(".") or not self.name.isprintable():
             raise BadInput(f"name must be usable as the name of a folder, not {self.name!r}.")
         if isinstance(self.methods, str | Mapping) or not isinstance(self.methods, Iterable):
             raise BadInput("methods must be a list, with one method a line: '- lora: {rank: 8}'.")

@@ -47,6 +47,8 @@ def _refuse_twice(node: yaml.Node | None, title: str) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise BadInput(f"{title}, line {key.start_mark.line + 1}: a key is a list or mapping; write a name.")
             if key.value in seen:
                 raise BadInput(f"{title}, line {key.start_mark.line + 1}: '{key.value}' stands twice; remove one.")
             seen.add(str(key.value))
