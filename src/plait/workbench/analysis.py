@@ -21,8 +21,8 @@ from plait.workbench.statistics import (
     t_interval,
 )
 from plait.workbench.wording import Metric, count_of, judgement, together
+from plait.workbench.writing import Values
 
-Values = dict[str, Any]
 ALIKE = 0.05
 """Costs that differ by less than this part count as equal."""
 

@@ -21,8 +21,7 @@ from plait.workbench.analysis import analyse, regroup
 from plait.workbench.local import check_workers, run_all, threads
 from plait.workbench.sources import changed, refuse_mixed
 from plait.workbench.store import Job, jobs
-
-Values = dict[str, Any]
+from plait.workbench.writing import Values, write_json
 
 
 def compare(
@@ -120,7 +119,6 @@ def collect(
 ) -> Values:
     """Gather what the runs left, analyse it, and write results.json and report.html."""
     from plait.workbench.report import describe_methods, write_report
-    from plait.workbench.writing import write_json
 
     runs = [found for job in todo if (found := _result(job)) is not None]
     groups = regroup([(r.name, r.config(), str(r)) for r in recipes], runs)

@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from plait.workbench.wording import Metric
+from plait.workbench.writing import Values
 
-Values = dict[str, Any]
 POINTS = 160
 """How many points a curve is drawn with, at most."""
 PARTS = ("weights", "gradients", "optimizer", "activations", "other")

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from plait.tasks.base import Task
-
-Figures = dict[str, dict[str, float]]
+    from plait.workbench.predicting import Figures
 
 
 def folded_figures(task: Task, model: nn.Module, bits: Literal[8, 4] = 4) -> Figures:

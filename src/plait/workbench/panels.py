@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plait.workbench.figures import axis, figure, mean_curve
+from plait.workbench.writing import Values
 
-Values = dict[str, Any]
 LOGARITHMIC: Values = {"type": "log", "exponentformat": "power"}
 
 

@@ -28,12 +28,12 @@ from torch import Tensor
 from plait.errors import BadInput
 from plait.recipe import Recipe
 from plait.workbench.progress import working
+from plait.workbench.writing import Values, write_json
 
 if TYPE_CHECKING:
     from plait.batch import Batch
     from plait.method import Now
 
-Values = dict[str, Any]
 STEPS = 7
 """Steps of a probe; the first is not timed."""
 UNITS = {
@@ -276,7 +276,6 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
 def main(recipe: str, examples: str, out: str) -> int:
     """Probe a recipe in this process and write what was counted."""
     from plait.workbench.worker import die_with_parent
-    from plait.workbench.writing import write_json
 
     die_with_parent()
     try:

@@ -11,9 +11,8 @@ from typing import Any
 from plait.workbench.figures import figures
 from plait.workbench.panels import panels
 from plait.workbench.wording import Metric, megabytes, seconds
-from plait.workbench.writing import write_text
+from plait.workbench.writing import Values, write_text
 
-Values = dict[str, Any]
 COLUMNS = (
     *("recipe", "quality", "against the first", "time per step", "peak memory", "above the model"),
     *("trained parameters", "forgetting", "calibration error"),

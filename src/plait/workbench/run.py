@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from plait.tasks.base import Task
     from plait.train import Run
     from plait.workbench.memory import Gauge
+    from plait.workbench.predicting import Figures
 
 FREE = ("steps", "save_every", "measure_every", "device", "nonfinite")
 """Options of training that may change when a run goes on: they do not change the weights that it has, or, like the
@@ -295,12 +296,12 @@ class Curve:
                 write_json(self.file, self.points)
 
 
-def _before(task: Task, folder: Path | None) -> dict[str, dict[str, float]]:
+def _before(task: Task, folder: Path | None) -> Figures:
     """Return the figures of the untrained model; an earlier part of this run has left them in a file."""
     kept = None if folder is None else folder / "before.json"
     if kept is not None and kept.exists():
         try:
-            found: dict[str, dict[str, float]] = json.loads(kept.read_text())
+            found: Figures = json.loads(kept.read_text())
             return found
         except json.JSONDecodeError:
             kept.unlink()
@@ -312,7 +313,7 @@ def _before(task: Task, folder: Path | None) -> dict[str, dict[str, float]]:
     return figures
 
 
-def _forgetting(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> float | None:
+def _forgetting(before: Figures, after: Figures) -> float | None:
     """Return by how much the loss on the other domain rose."""
     if "other" not in after or "loss" not in after["other"] or before["other"]["loss"] is None:
         return None  # a NaN of the untrained model is null in its file

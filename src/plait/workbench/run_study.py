@@ -24,9 +24,7 @@ from plait.workbench.run import versions
 from plait.workbench.store import Job, digest
 from plait.workbench.study import Study
 from plait.workbench.tracks import sizes
-from plait.workbench.writing import write_json
-
-Values = dict[str, Any]
+from plait.workbench.writing import Values, write_json
 
 
 def run_study(

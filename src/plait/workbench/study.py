@@ -35,8 +35,8 @@ from typing import Any
 from plait.errors import BadInput, did_you_mean
 from plait.recipe import Recipe, override_with
 from plait.section import TEXT, Section, given_values, section, whole
+from plait.workbench.writing import Values
 
-Values = dict[str, Any]
 TRACKS = ("parameters", "memory")
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plait.errors import BadInput
+from plait.workbench.writing import Values
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from plait.recipe import Recipe
     from plait.workbench.study import Study
 
-Values = dict[str, Any]
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384)
 """The sizes that a track chooses from: steps of a fifth to a third, as ranks are usually written."""
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from plait.errors import BadInput
 
+Values = dict[str, Any]
+"""What a file of JSON holds: figures, words, and lists and dicts of them, by name."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a text atomically: a reader never sees half a file, and one that finds no room leaves nothing behind."""
