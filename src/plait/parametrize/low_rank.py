@@ -136,7 +136,26 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-class LowRank(Parametrization):
+class Factored(Parametrization):
+    """W -> W + scale * B A, for the factors A [rank, in] and B [out, rank] that are made of what is trained."""
+
+    scale: float
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B."""
+        raise NotImplementedError
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """Return W + scale * B A, rounded once to the precision of W."""
+        a, b = self.factors()
+        return torch.addmm(weight.to(a.dtype), b, a, alpha=self.scale).to(weight.dtype)
+
+    def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:
+        """Return W x + scale * B (A x), which never forms B A."""
+        return low_rank_output(self, layer, inputs, below, *self.factors(), self.scale)
+
+
+class LowRank(Factored):
     """W -> W + scale * B A,  W: [out, in], A: [rank, in], B: [out, rank]."""
 
     made_by = "LoRA"
@@ -189,13 +208,9 @@ class LowRank(Parametrization):
         a, b = self.get_buffer("start_A"), self.get_buffer("start_B")
         return torch.cat([self.A.detach(), a]), torch.cat([self.B.detach(), -b], dim=1)
 
-    def dense(self, weight: Tensor) -> Tensor:
-        """Return W + scale * B A, rounded once to the precision of W."""
-        return torch.addmm(weight.to(self.A.dtype), self.B, self.A, alpha=self.scale).to(weight.dtype)
-
-    def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:
-        """Return W x + scale * B (A x), which never forms B A."""
-        return low_rank_output(self, layer, inputs, below, self.A, self.B, self.scale)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B, which are trained themselves."""
+        return self.A, self.B
 
 
 class Shift(Parametrization):

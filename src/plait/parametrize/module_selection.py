@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -13,13 +12,13 @@ from plait.errors import BadInput
 from plait.fields import Count, Positive, Probability, Size
 from plait.layers import matches, matrix, matrix_shape, own_weight
 from plait.method import Method, Now, method
-from plait.parametrize.base import Adapter, Parametrization, attach, attached
-from plait.parametrize.low_rank import adapter_dtype, check_rank, low_rank_output
+from plait.parametrize.base import Adapter, attach, attached
+from plait.parametrize.low_rank import Factored, adapter_dtype, check_rank
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
 
-class GatedLowRank(Parametrization):
+class GatedLowRank(Factored):
     """W -> W + scale * (gate B A + common B_s A_s), where modules of one shape share A_s and B_s."""
 
     made_by = "DiffoRA"
@@ -44,15 +43,6 @@ class GatedLowRank(Parametrization):
         if self.common == 1:
             return self.shared_A.detach(), self.shared_B.detach()
         return self.A.detach(), (self.gate * self.B).detach()
-
-    def dense(self, weight: Tensor) -> Tensor:
-        """Return W + scale * (gate B A + common B_s A_s), rounded once to the precision of W."""
-        a, b = self.factors()
-        return torch.addmm(weight.to(a.dtype), b, a, alpha=self.scale).to(weight.dtype)
-
-    def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:
-        """Return the layer's output without forming a matrix of the weight's size."""
-        return low_rank_output(self, layer, inputs, below, *self.factors(), self.scale)
 
 
 def factors(weight: Tensor, rank: int) -> Pair:

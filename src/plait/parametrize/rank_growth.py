@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,12 +12,12 @@ from plait.errors import BadInput
 from plait.fields import Count, Positive, Probability
 from plait.layers import matches
 from plait.method import Method, Now, method
-from plait.parametrize.base import Adapter, Parametrization, attached
-from plait.parametrize.low_rank import adapter_dtype, check_rank, low_rank_output
+from plait.parametrize.base import Adapter, attached
+from plait.parametrize.low_rank import Factored, adapter_dtype, check_rank
 from plait.sharding import full, like
 
 
-class GrowingLowRank(Parametrization):
+class GrowingLowRank(Factored):
     """W -> W + scale * B (I + C) A of the first `active` rows of A [most, in], columns of B [out, most] and both of
     C [most, most].
     """
@@ -60,15 +59,6 @@ class GrowingLowRank(Parametrization):
         """Return the factors (A, B (I + C)) of the update of the weight."""
         a, b = self.factors()
         return a.detach(), b.detach()
-
-    def dense(self, weight: Tensor) -> Tensor:
-        """Return W + scale * B (I + C) A, rounded once to the precision of W."""
-        a, b = self.factors()
-        return torch.addmm(weight.to(a.dtype), b, a, alpha=self.scale).to(weight.dtype)
-
-    def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:
-        """Return W x + scale * B (I + C) (A x), which forms no matrix of the weight's size."""
-        return low_rank_output(self, layer, inputs, below, *self.factors(), self.scale)
 
 
 @paper("liang2025triadaptlora", key="triadaptlora")

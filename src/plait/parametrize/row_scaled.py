@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,7 @@ from plait.catalogue import paper
 from plait.fields import Count, Positive
 from plait.method import Method, method
 from plait.parametrize.base import Adapter
-from plait.parametrize.low_rank import LowRank, check_rank, low_rank_output
+from plait.parametrize.low_rank import LowRank, check_rank
 
 
 def row_rates(rows: Tensor, eta: float) -> Tensor:
@@ -42,15 +40,6 @@ class RowScaledLowRank(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B as the layer uses them."""
         return rows_scaled(self.A, self.eta), rows_scaled(self.B, self.eta)
-
-    def dense(self, weight: Tensor) -> Tensor:
-        """Return W + B A, rounded once to the precision of W."""
-        a, b = self.factors()
-        return torch.addmm(weight.to(a.dtype), b, a).to(weight.dtype)
-
-    def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:
-        """Return W x + B (A x), which never forms B A."""
-        return low_rank_output(self, layer, inputs, below, *self.factors(), self.scale)
 
 
 @paper("huang2024allora", key="allora")
