@@ -1,6 +1,7 @@
 """Two gloo processes, replicated (DDP) or sharded (FSDP2), give the loss and the weights of one process."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,32 @@ def test_processes_of_different_seeds_freeze_the_same_weights(tmp_path: Path) ->
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*start, str(script)], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+UNEVEN = """
+import torch
+from torch import nn
+from plait import SGD, train
+from plait.sharding import leave, rank
+x = torch.randn(14, 3, generator=torch.Generator().manual_seed(0))
+torch.manual_seed(0)
+run = train(nn.Linear(3, 1), (x, x[:, 0] ** 2), methods=[SGD(lr=0.1)], steps=4, batch_size=12, device="cpu")
+if rank() == 0:
+    print([t.flatten().tolist() for t in run.model.parameters()], [seen["objective"] for seen in run.history])
+leave()
+"""
+
+
+def test_a_process_without_an_example_adds_nothing(tmp_path: Path) -> None:
+    """The last batch of an epoch has two examples for three processes."""
+    script, ends = tmp_path / "uneven.py", []
+    script.write_text(UNEVEN)
+    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]):
+        done = subprocess.run([sys.executable, *start, str(script)], capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-3000:]
+        ends.append([float(n) for n in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", done.stdout.strip().splitlines()[-1])])
+    assert len(ends[0]) == 8
+    np.testing.assert_allclose(*ends, atol=TOLERANCE)
 
 
 def test_two_processes_train_the_same_entries() -> None:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -302,10 +303,10 @@ class Engine:
         return Sampler(count, batch_size, self.seed, methods)
 
     def batch(self, data: Any, positions: Tensor) -> Batch:
-        """Return this process's share of a batch, on the device."""
+        """Return this process's share of a batch, on the device; where it has none, an example that counts 0."""
         share = positions[self.accelerator.process_index :: self.processes]
-        made: Batch = data.batch(share if len(share) else positions[:1])
-        return made.to(self.device)
+        made: Batch = data.batch(share if len(share) else positions[:1]).to(self.device)
+        return made if len(share) else replace(made, weight=torch.zeros_like(made.weight))
 
     def micro_batches(self, examples: int, accumulate: int) -> int:
         """Return in how many parts to work through that many examples: a batch that has grown takes more of them."""
