@@ -295,6 +295,13 @@ def test_other_bases_take_the_same_adapters(kind: str, tmp_path: Path) -> None:
 
     shared = base()
     adapters = Adapters(shared)
+    assert adapters.add("model", trained(tiny_llama(), LoRA(rank=2))) == 0  # in float32, as the files' were
+    adapters.add("file", tmp_path / "a")
+    said = []
+    for name in ("model", "file"):
+        adapters.switch(name)
+        said.append(out(shared, TOKENS))
+    assert torch.equal(*said)
     for name in ("a", "b"):
         adapters.add(name, tmp_path / name)
         adapters.switch(name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import is_linear_map, matrix, own_weight
+from plait.layers import is_linear_map, matrix, matrix_shape, own_weight
 from plait.math.packed import Packed, numbers, unrounded
 from plait.math.svd import exact_svd, gram_svd
 from plait.parametrize.base import Parametrization, dense_bias, dense_weight, stack, untouched_weight
@@ -82,11 +82,12 @@ def update_of(model: nn.Module, base: nn.Module | None = None, rank: int | None 
     made = Update(origin=origin_of(model) if base is None else origin_of(base))
     whole = [] if base is None else changed_beside(model, base)
     same = {} if base is None else compared(origin_of(model), origin_of(base))
+    adapted = any(stack(layer) for layer in model.modules())
     for name, layer in model.named_modules():
         if not is_linear_map(layer) or any(name == part or name.startswith(f"{part}.") for part in whole):
             continue
         under = None if base is None else part_of(base, name)
-        found = factors_of(name, layer, under, rank, exact=same.get(f"{name}.weight", True))
+        found = factors_of(name, layer, under, rank, exact=adapted and same.get(f"{name}.weight", True))
         if found is None:
             continue
         factors, left, size = found
@@ -113,7 +114,8 @@ def factors_of(
     name: str, layer: nn.Module, base: nn.Module | None, rank: int | None, exact: bool
 ) -> tuple[Factors, float, float] | None:
     """Return (factors, |what was cut off|^2, |Delta|^2) of one layer, the last two 0 where the factors are exact by
-    construction; None if nothing was done to it. exact: whether the adapters were put on the base's own weight.
+    construction; None if nothing was done to it. exact: whether adapters were put on the base's own weights, whatever
+    the types that these are held in now.
     """
     held = stack(layer)
     weight = own_weight(layer)
@@ -129,8 +131,8 @@ def factors_of(
             f"the weight of '{name}' was quantized after a start took part of it, so that the adapter fits no other "
             "base: give the base and a rank, or fold the model and save it."
         )
-    if held and exact and not weight.requires_grad and not rounded:
-        plain = plain_factors(held)
+    if exact and not weight.requires_grad and not rounded:
+        plain = plain_factors(held) if held else _no_factors(layer)
         if plain is not None and (rank is None or (plain.rank <= rank and plain.magnitude is None)):
             if base is not None and _moved(*(getattr(one, "bias", None) for one in (layer, base))) is not None:
                 plain.shift = _shift(layer, base)
@@ -166,6 +168,12 @@ def _kinds(held: list[Parametrization]) -> str:
     return ", ".join(type(part).__name__ for part in held) or "its own weight was trained"
 
 
+def _no_factors(layer: nn.Module) -> Factors:
+    out, into = matrix_shape(layer)
+    device = own_weight(layer).device
+    return Factors(torch.zeros(0, into, device=device), torch.zeros(out, 0, device=device))
+
+
 def plain_factors(held: list[Parametrization]) -> Factors | None:
     """Return the factors of a stack that is a low-rank update of the untouched weight, or DoRA; None if it is not."""
     magnitude = held[-1].magnitude.detach() if isinstance(held[-1], RowNorms) else None
@@ -196,12 +204,17 @@ def _shift(layer: nn.Module, base: nn.Module | None) -> Tensor | None:
 
 
 def _moved(bias: Tensor | None, before: Tensor | None) -> Tensor | None:
-    """Return how far a bias is from what it was; None where the two are one, as seen in the coarser of their types."""
+    """Return how far a bias is from what it was; None where the two are one."""
     if bias is None or before is None:
         return None
-    coarse = min(bias.dtype, before.dtype, key=lambda kind: kind.itemsize)
     kind = adapter_dtype(bias)
-    return None if torch.equal(bias.to(coarse), before.to(coarse)) else bias.to(kind) - before.to(kind)
+    return None if _alike(bias, before) else bias.to(kind) - before.to(kind)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors are one, as seen in the coarser of their types."""
+    coarse = min(one.dtype, other.dtype, key=lambda kind: kind.itemsize)
+    return torch.equal(one.to(coarse), other.to(coarse))
 
 
 def truncated(delta: Tensor, rank: int | None, noise: float = 0.0) -> tuple[Factors, float, float]:
@@ -280,7 +293,7 @@ def changed_beside(model: nn.Module, base: nn.Module) -> list[str]:
             continue
         if name not in before or before[name].shape != tensor.shape:
             raise BadInput(f"the base is another model: {type(base).__name__} has no such '{name}'.")
-        if torch.equal(before[name], tensor):
+        if _alike(before[name], tensor):
             continue
         if not owner:
             raise BadInput(f"'{name}' was trained, and PEFT's files cannot hold it: fold the model and save it.")
