@@ -422,3 +422,11 @@ def test_peft_computes_what_was_trained_in_tied_layers(tmp_path: Path) -> None:
     again = load_adapter(base, tmp_path)
     assert again.lm_head.weight is again.model.embed_tokens.weight
     torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_what_wraps_a_model_is_not_in_its_files(wrap: Any, tmp_path: Path) -> None:
+    model = stir(attach(every_kind(), LoRA(rank=2, where="flat")))
+    save_adapter(wrap(model), tmp_path)
+    for read in (peft_reads(every_kind(), tmp_path), load_adapter(wrap(every_kind()), tmp_path)):
+        torch.testing.assert_close(read(IDS), model(IDS), rtol=1e-5, atol=1e-6)

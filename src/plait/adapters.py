@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from plait.errors import BadInput, did_you_mean
+from plait.layers import unwrapped
 from plait.parametrize.bank import NONE, Bank, Choice, Copies, copies_of, drop_copies, keep_copies
 from plait.parametrize.base import attach, detach, stack
 from plait.parametrize.origin import origin_of, record_origin, refuse_another_base
@@ -44,9 +45,9 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, room: int = 4, rank: int = 8) -> None:
-        self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-        if not isinstance(self.model, nn.Module):
+        if not isinstance(model, nn.Module):
             raise BadInput(f"Adapters takes the base, a torch.nn.Module, not {model!r}.")
+        self.model = unwrapped(model)
         if not (_whole(room) and _whole(rank)):
             raise BadInput(f"Adapters(room={room}, rank={rank}) has room for nothing: give at least 1 of each.")
         held = next((name for name, m in self.model.named_modules() if stack(m) or copies_of(m) is not None), None)
@@ -191,6 +192,7 @@ class Adapters:
             raise BadInput(f"rank is {rank!r}: give a whole number of at least 1.")
         self._refuse_folded()
         if isinstance(source, nn.Module):
+            source = unwrapped(source)
             if not any_base and (origin := getattr(source, "_plait_origin", None)):
                 refuse_another_base(self.model, origin, "the adapter of the model", _trained(source))
             transplanted = any_base and any(stack(layer) for layer in source.modules())

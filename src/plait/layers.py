@@ -50,6 +50,19 @@ def matches_weight(where: str, name: str) -> bool:
     return matches(where, name) or matches(where, name.rpartition(".")[0])
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model itself, without what torch.compile and data parallelism wrap around it, whose names go before
+    those of its parts.
+    """
+    while isinstance(inner := getattr(model, "_orig_mod", None) or _replicated(model), nn.Module):
+        model = inner
+    return model
+
+
+def _replicated(model: nn.Module) -> nn.Module | None:
+    return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else None
+
+
 def within(where: str, name: str) -> bool:
     """Say whether a pattern matches the name of a parameter, or of a part of the model that holds it.
 

@@ -24,7 +24,7 @@ from plait.errors import BadInput
 from plait.integrations.peft_files import ORIGIN, read_files, read_origin
 from plait.integrations.peft_prompts import KINDS as SOFT
 from plait.integrations.peft_prompts import load_prompt, save_prompt, untie_from_others, whole_layers
-from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, matrix_shape, own_weight
+from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, matrix_shape, own_weight, unwrapped
 from plait.parametrize.base import Parametrization, attach, stack
 from plait.parametrize.freeze import freeze, mark_fresh
 from plait.parametrize.lean import spare
@@ -58,6 +58,7 @@ def save_adapter(
     how much is lost). Raises BadInput for an adapter that is no low-rank update if no rank is given, and for what
     PEFT's convolutions cannot do (groups, dilation, padding modes).
     """
+    model = unwrapped(model)
     if any(True for _ in soft_prompts(model)):
         made = save_prompt(model, Path(folder), base_model, trained_beside(model))
         (made / ORIGIN).write_text(json.dumps({"base": dict(origin_of(model))}, indent=1))
@@ -67,6 +68,7 @@ def save_adapter(
 
 def write_update(update: Update, model: nn.Module, folder: str | Path, base_model: str | None = None) -> Path:
     """Write what training did to a model, or to its base, as PEFT's files; return the folder."""
+    model = unwrapped(model)
     found = {name: _of_some_rank(factors) for name, factors in update.factors.items()}
     if not found:
         raise BadInput(f"{type(model).__name__} has no low-rank adapter to save: add LoRA or DoRA, or save the model.")
@@ -191,6 +193,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     shapes), one of another base (digests of the weights, where plait wrote them) unless any_base, and truncated files.
     Dropout of the adapter's input, if the configuration has it, is not applied.
     """
+    given, model = model, unwrapped(model)
     config, tensors = read_files(Path(folder))
     if config["peft_type"] in SOFT:
         whole = whole_layers(tensors)
@@ -198,7 +201,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
         if not any_base:
             refuse_another_base(model, read_origin(Path(folder)), f"the adapter in {folder}", whole)
         record_origin(model)
-        return load_prompt(model, config, tensors, Path(folder))
+        load_prompt(model, config, tensors, Path(folder))
+        return given
     update = _update_from(model, config, tensors, Path(folder), any_base)
     held = next((name for name in update.factors if stack(model.get_submodule(name))), None)
     if held is not None:
@@ -221,7 +225,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     for name, parameter in model.named_parameters():
         if name in update.whole:
             parameter.requires_grad_(True)
-    return model
+    return given
 
 
 def read_update(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Update:
@@ -229,7 +233,7 @@ def read_update(model: nn.Module, folder: str | Path, *, any_base: bool = False)
     config, tensors = read_files(Path(folder))
     if config["peft_type"] in SOFT:
         raise BadInput(f"{folder} holds a soft prompt, which is no update of weights: load it with load_adapter.")
-    return _update_from(model, config, tensors, Path(folder), any_base)
+    return _update_from(unwrapped(model), config, tensors, Path(folder), any_base)
 
 
 def _update_from(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import is_linear_map, matrix, matrix_shape, own_weight
+from plait.layers import is_linear_map, matrix, matrix_shape, own_weight, unwrapped
 from plait.math.packed import Packed, numbers, unrounded
 from plait.math.svd import exact_svd, gram_svd
 from plait.parametrize.base import Parametrization, dense_bias, dense_weight, stack, untouched_weight
@@ -76,6 +76,7 @@ def update_of(model: nn.Module, base: nn.Module | None = None, rank: int | None 
     base: the model before training, of the same kind; needed where its own weights were trained or folded into. rank:
     where to cut off what is of a higher rank. Without it an update that is no low-rank one raises BadInput.
     """
+    model, base = unwrapped(model), None if base is None else unwrapped(base)
     refuse_prompts(model, "written as low-rank updates")
     if rank is not None and rank < 1:
         raise BadInput(f"rank is {rank}: give at least 1.")
