@@ -131,7 +131,9 @@ def test_the_report_shows_the_command_as_it_was_given(tmp_path: Path, monkeypatc
     Path("some recipes").mkdir()
     Path("some recipes/plain.yaml").write_text(RECIPES["plain"])
     given = ["compare", "some recipes/plain.yaml", "--set", "train.steps=2", "--seeds", "1", "--out", "here"]
-    assert CliRunner().invoke(app, given).exit_code == 0
+    done = CliRunner().invoke(app, given, env={"COLUMNS": "80"})
+    assert done.exit_code == 0
+    assert "calibration" not in done.stdout  # a narrow terminal has no room for every column
     made = json.loads(Path("here/results.json").read_text())["made"]
     assert made["Command"] == "plait compare 'some recipes/plain.yaml' --set train.steps=2 --seeds 1 --out here"
 

@@ -114,6 +114,18 @@ def test_a_difference_within_noise_is_said_in_words() -> None:
     assert "over 3 seeds" in says
 
 
+def test_recipes_that_are_equal_with_every_seed_are_not_said_to_be_equal() -> None:
+    found = analysed([run(name, s, 0.7 + 0.01 * s) for name in "ab" for s in range(3)], 3)
+    (says,) = [w["text"] for w in found["warnings"] if "a and b" in w["text"]]
+    assert says.startswith("a and b gave the same accuracy with each of 3 seeds: that is within noise")
+
+
+def test_columns_whose_names_do_not_say_what_they_mean_are_explained(page: Path) -> None:
+    text = page.read_text()
+    for name in ("Above the model is", "Forgetting is the rise of the loss", "Calibration error is"):
+        assert name in text
+
+
 def test_few_seeds_do_not_judge_and_the_leader_is_the_guess_until_then() -> None:
     dear = {"peak": 900.0, "step": 0.3}
     found = analysed([run("a", 0, 0.7), run("b", 0, 0.9, **dear)], 1)

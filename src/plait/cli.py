@@ -24,7 +24,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says of a disk without room."""
 WIDE = 110
-"""Columns of a terminal that has room for all of `plait list`."""
+"""Columns of a terminal that has room for a whole table of `plait list` or `plait compare`."""
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """What a mistyped command or option raises."""
 
@@ -199,7 +199,11 @@ def compare(
     if as_json:
         say({key: value for key, value in results.items() if key != "runs"})
     else:
-        table(results["title"], *terminal_table(results))
+        from rich.console import Console
+
+        heads, lines = terminal_table(results)
+        kept = len(heads) if Console().width >= WIDE else 5  # the report has the others
+        table(results["title"], heads[:kept], [line[:kept] for line in lines])
         typer.echo("\n" + "\n".join([*comparing.lines(results), "", f"report: {results['files']['report']}"]))
     if any(warning["kind"] == "failed" for warning in results["analysis"]["warnings"]):
         raise typer.Exit(FAILED)

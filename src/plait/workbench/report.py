@@ -52,6 +52,7 @@ def render(results: Mapping[str, Any]) -> str:
         warnings=found["warnings"],
         seeds=found["seeds"],
         columns=[metric.name if c == "quality" and metric else c for c in columns(rows)],
+        about=" ".join(says for name, says in ABOUT.items() if name in columns(rows)),
         rows=[table_row(metric, r, found) for r in rows] if metric else [],
         groups=_grouped(by_id),
         panels=[
@@ -82,6 +83,14 @@ def _grouped(by_id: Mapping[str, Values]) -> list[Values]:
         if held:
             made.append({"title": title, "two": two and len(held) > 1, "figures": held})
     return made
+
+
+ABOUT = {
+    "above the model": "Above the model is the peak less the memory of the process that has loaded the model.",
+    "forgetting": "Forgetting is the rise of the loss on the second domain: lower is better, and below zero it fell.",
+    "calibration error": "Calibration error is how far the stated confidence lies from the accuracy: lower is better.",
+}
+"""What the columns mean whose names do not say it."""
 
 
 def columns(rows: Sequence[Values]) -> list[str]:

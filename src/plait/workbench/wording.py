@@ -109,6 +109,11 @@ def judgement(metric: Metric, d: Difference, pairs: Sequence[float]) -> str:
             f"The difference between {d.first} and {d.other} ({size}) is clear by itself, but not when the number of "
             f"comparisons on this page is allowed for (Holm's p = {d.adjusted:.2g}): confirm it with more seeds."
         )
+    if not any(pairs):
+        return (
+            f"{d.first} and {d.other} gave the same {metric.name} with each of {d.interval.count} seeds: that is "
+            "within noise, and more test examples may tell them apart."
+        )
     needed = seeds_needed(pairs)
     cure = f" About {needed} seeds would show a difference of this size." if needed and needed > len(pairs) else ""
     return (
