@@ -245,6 +245,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             layer.training = training
 
 
+def inputs_divide_by(layer: nn.Module, size: int) -> bool:
+    """Say whether a layer is a linear map, but no Embedding, whose number of inputs (channels) `size` divides."""
+    if not (isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or is_transformers_conv1d(layer)):
+        return False
+    return inputs_last(layer, own_weight(layer)).shape[-1] % size == 0
+
+
 def inputs_last(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return the view of a weight whose last dimension runs over the layer's inputs (a convolution's channels)."""
     if isinstance(layer, CONVOLUTIONS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar, dataclass_transform
 
 import torch
 from pydantic import ConfigDict, ValidationError
@@ -35,18 +35,11 @@ Predictor = Callable[[nn.Module, Any, "Now"], Tensor]
 """(model, inputs, now) -> probabilities [n, classes], or values for regression."""
 
 
-NO_VALIDATION = (
-    "this needs a validation set: give one to plait.train (validation=...), to the recipe's data, or to transformers' "
-    "Trainer (eval_dataset=...)."
-)
-
-
-def _no_evaluation(model: nn.Module) -> float:
-    raise BadInput(NO_VALIDATION)
-
-
-def _no_validation(model: nn.Module, number: int) -> Tensor:
-    raise BadInput(NO_VALIDATION)
+def _no_validation(model: nn.Module, number: int = 0) -> NoReturn:
+    raise BadInput(
+        "this needs a validation set: give one to plait.train (validation=...), to the recipe's data, or to "
+        "transformers' Trainer (eval_dataset=...)."
+    )
 
 
 def _no_calibration(count: int) -> Iterator[Batch]:
@@ -90,7 +83,7 @@ class Now:
     misfit: Misfit = None  # type: ignore[assignment]
     calibration: Callable[[int], Iterator[Batch]] = _no_calibration
     """calibration(count) yields that many batches of training data, always the same ones."""
-    evaluate: Callable[[nn.Module], float] = _no_evaluation
+    evaluate: Callable[[nn.Module], float] = _no_validation
     """evaluate(model) -> mean misfit on the validation set; lower is better."""
     validate: Callable[[nn.Module, int], Tensor] = _no_validation
     """validate(model, n) -> mean misfit on the n-th batch of the validation set, to be differentiated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from plait.catalogue import paper
 from plait.constrain.base import Constraint
 from plait.errors import BadInput
 from plait.fields import Count, Fraction
-from plait.layers import CONVOLUTIONS, inputs_last, is_transformers_conv1d, own_weight
+from plait.layers import CONVOLUTIONS, inputs_divide_by, inputs_last
 from plait.math.projections import largest_of_group
 from plait.method import Now, method
 
@@ -41,14 +42,8 @@ class NMMask(Constraint):
 
     @property
     def kinds(self) -> Callable[[nn.Module], bool]:
-        """Linear maps, but no tables, whose inputs divide by m."""
-
-        def divides(layer: nn.Module) -> bool:
-            if not (isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or is_transformers_conv1d(layer)):
-                return False
-            return inputs_last(layer, own_weight(layer)).shape[-1] % self.m == 0
-
-        return divides
+        """Linear maps, but no tables, whose inputs come in groups of m."""
+        return partial(inputs_divide_by, size=self.m)
 
     def mask(self, weight: Tensor) -> Tensor:
         """Return the mask of what stays of [..., in]."""

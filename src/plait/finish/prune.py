@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
-from plait.layers import CONVOLUTIONS, inputs_last, is_transformers_conv1d, own_weight, require_layers
+from plait.layers import inputs_divide_by, inputs_last, own_weight, require_layers
 from plait.math.projections import largest_of_group
 from plait.method import Method, Now, method
 from plait.parametrize.folding import fold
@@ -40,20 +42,19 @@ class MagnitudePruning(Method):
         if self.n >= self.m:
             raise BadInput(f"MagnitudePruning keeps n of m weights: n must be below m, not {self.n} of {self.m}.")
 
-    def _divides(self, layer: nn.Module) -> bool:
-        if not (isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or is_transformers_conv1d(layer)):
-            return False
-        return inputs_last(layer, own_weight(layer)).shape[-1] % self.m == 0
+    def targets(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Return the layers to be pruned: linear maps, but no tables, whose inputs come in groups of m."""
+        return require_layers(self, model, self.where, partial(inputs_divide_by, size=self.m))
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
         """Refuse targets that match nothing."""
-        require_layers(self, model, self.where, self._divides)
+        self.targets(model)
 
     @torch.no_grad()
     def finish(self, model: nn.Module, now: Now) -> nn.Module:
         """Return the pruned model."""
         fold(model)
-        for _, layer in require_layers(self, model, self.where, self._divides):
+        for _, layer in self.targets(model):
             view = inputs_last(layer, own_weight(layer))
             view.mul_(largest_of_group(view, self.n, self.m))
         return model
