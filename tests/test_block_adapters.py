@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from networks import net
 from plait import train
 from plait.errors import BadInput
 from plait.method import Method
@@ -18,11 +19,6 @@ from plait.parametrize.folding import fold
 from plait.parametrize.random_bases import RandLoRA, RandomBases
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 20))
 
 
 def attach(method: Method) -> nn.Module:

@@ -30,18 +30,9 @@ from plait.oracle import oracle
 from plait.parametrize.low_rank import LoRA
 from plait.step.momentum import SGD
 from plait.train import train
+from test_gradient import close, problem
 
 Weights = list[Tensor]
-
-
-def problem() -> tuple[nn.Sequential, Tensor, Tensor]:
-    """The net and data of test_gradient.py, on which authors' codes were run, in float64."""
-    generator = torch.Generator().manual_seed(1)
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    for p in net.parameters():
-        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-    inputs = torch.randn(8, 3, generator=generator, dtype=torch.float64)
-    return net, inputs, torch.randint(0, 2, (8,), generator=generator)
 
 
 def loss_at(net: nn.Module, at: Weights, inputs: Tensor, target: Tensor) -> Tensor:
@@ -80,10 +71,6 @@ def taken(method: Gradient, accumulate: int = 1) -> tuple[nn.Module, Weights, fl
     now.batch = Batch.of(inputs, target)
     value = ask(net, now)
     return net, [p.grad for p in net.parameters()], value.item(), now
-
-
-def close(one: Weights, other: Weights, tolerance: float = 1e-9) -> bool:
-    return all(torch.allclose(a, b, atol=tolerance, rtol=tolerance) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

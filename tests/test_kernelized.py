@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from networks import net
 from plait import SNELLA, AdamW, train
 from plait.errors import BadInput
 from plait.method import Now
@@ -17,11 +18,6 @@ from plait.parametrize.folding import fold
 from plait.parametrize.kernelized import KernelDelta, allotted, merged
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 20))
 
 
 def one(kept: int = 24) -> tuple[nn.Module, KernelDelta]:

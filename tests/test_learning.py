@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from networks import net
 from plait import LOST, AdamW, LoRA, train
 from plait.method import Method
 from plait.parametrize.block import Bone
@@ -17,11 +18,6 @@ from plait.parametrize.sequential import Hydra
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))
 TARGET = torch.randn(10, 20, generator=torch.Generator().manual_seed(9))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 20))
 
 
 @pytest.mark.parametrize(

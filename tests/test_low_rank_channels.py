@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from networks import net
 from plait import LOST, LoRA, train
 from plait.errors import BadInput
 from plait.method import Method
@@ -16,11 +17,6 @@ from plait.parametrize.folding import fold
 from plait.parametrize.low_rank_channels import LowRankChannels
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 20))
 
 
 def one(layer: nn.Module | None = None, **fields: Any) -> tuple[nn.Module, LowRankChannels]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
+from networks import net
 from plait import AdamW, train
 from plait.errors import BadInput
 from plait.method import Method, Now
@@ -21,11 +22,6 @@ from plait.parametrize.pruned import DSEE, PrunedUpdate, where_low_rank_fails
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(10, 20, generator=torch.Generator().manual_seed(9))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 20))
 
 
 def stirred(model: nn.Module, *methods: Method) -> list[tuple[str, nn.Module, PrunedUpdate]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from networks import net
 from plait import LoRA, train
 from plait.errors import BadInput
 from plait.method import Method
@@ -19,11 +20,6 @@ from plait.parametrize.scaling import Scale
 from plait.parametrize.sequential import Hydra, TwoBranches
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 20))
 
 
 def attach(model: nn.Module, *methods: Method, seed: int = 7, size: float = 1.0) -> nn.Module:

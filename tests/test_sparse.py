@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from networks import net
 from plait import AdamW, LoRA, train
 from plait.batch import Batch
 from plait.errors import BadInput
@@ -19,11 +20,6 @@ from plait.parametrize.sparse import SparseDelta
 from plait.parametrize.sparse_growth import Growing, SpIEL
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 20))
 
 
 def one(*methods: Method) -> tuple[nn.Module, Any]:

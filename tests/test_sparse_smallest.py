@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from networks import net
 from plait import AdamW, train
 from plait.errors import BadInput
 from plait.layers import matrix
@@ -18,11 +19,6 @@ from plait.parametrize.sparse_smallest import SaRA, SmallestEntries
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(10, 20, generator=torch.Generator().manual_seed(9))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 20))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
