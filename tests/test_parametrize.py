@@ -271,9 +271,11 @@ def test_all_layers_means_neither_new_heads_nor_the_ends_of_a_language_model() -
     net = mark_fresh(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), "1")
     LoRA(rank=1).parametrize(net)
     assert [name for name, _, _ in attached(net, LowRank)] == ["0"]
-    assert [name for name, p in net.named_parameters() if p.requires_grad] == [
-        *("0.plait.lora.A", "0.plait.lora.B", "1.weight", "1.bias"),
-    ]
+    trained = ["0.plait.lora.A", "0.plait.lora.B", "1.weight", "1.bias"]
+    assert [name for name, p in net.named_parameters() if p.requires_grad] == trained
+    net = mark_fresh(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), "1")
+    LoRA(rank=1).parametrize(torch.compile(net, backend="eager"))
+    assert [name for name, p in net.named_parameters() if p.requires_grad] == trained
 
 
 @pytest.mark.parametrize("methods", [[LoRA(rank=2, train="lm_head|norm")], [PromptTuning(train="lm_head|norm")]])

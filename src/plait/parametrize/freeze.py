@@ -25,6 +25,7 @@ def fresh(model: nn.Module) -> tuple[str, ...]:
 
 def is_fresh(model: nn.Module, name: str) -> bool:
     """Say whether a layer or parameter belongs to what is new with the task."""
+    name = name.removeprefix("_orig_mod.")  # which torch.compile puts before the names of a model's parts
     return any(name == head or name.startswith(f"{head}.") for head in fresh(model))
 
 

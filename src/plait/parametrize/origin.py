@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
+from plait.layers import unwrapped
 from plait.math.packed import Packed, unrounded
 
 SAMPLE = 4096
@@ -72,6 +73,7 @@ def _adapted(model: nn.Module) -> bool:
 
 def record_origin(model: nn.Module) -> None:
     """Note what the base is, before the first adapter is put on it."""
+    model = unwrapped(model)
     if not _adapted(model):
         if not hasattr(model, "_plait_origin"):
             model.register_load_state_dict_pre_hook(_loading)
