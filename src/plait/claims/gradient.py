@@ -44,7 +44,7 @@ def noise_trains_a_poorly_started_deep_network(seed: int) -> tuple[float, float]
     return loss([SGD(lr=0.01), GradientNoise(variance=0.3)]), min(loss([SGD(lr=lr)]) for lr in (0.01, 0.1))
 
 
-def _mislabelled(seed: int, methods: list[Method]) -> float:
+def error_after_wrong_labels(seed: int, methods: list[Method]) -> float:
     """Return the test error after training on 500 digits of which 30 % have a random label."""
     rule = AdamW(lr=3e-3, weight_decay=0.0)
     return error(fitted(seed, [rule, *methods], count=500, steps=400, mislabelled=0.3), seed)
@@ -61,7 +61,7 @@ def _mislabelled(seed: int, methods: list[Method]) -> float:
 )
 def amp_resists_wrong_labels(seed: int) -> tuple[float, float]:
     """500 training digits, one hidden layer."""
-    return _mislabelled(seed, [AMP(radius=0.5)]), _mislabelled(seed, [])
+    return error_after_wrong_labels(seed, [AMP(radius=0.5)]), error_after_wrong_labels(seed, [])
 
 
 @claim(
@@ -74,4 +74,4 @@ def amp_resists_wrong_labels(seed: int) -> tuple[float, float]:
 )
 def gam_resists_wrong_labels(seed: int) -> tuple[float, float]:
     """500 training digits, one hidden layer."""
-    return _mislabelled(seed, [GAM(strength=1.0, radius=0.2)]), _mislabelled(seed, [])
+    return error_after_wrong_labels(seed, [GAM(strength=1.0, radius=0.2)]), error_after_wrong_labels(seed, [])

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from plait.claims.base import claim
 from plait.claims.digits import error, fitted
+from plait.claims.gradient import error_after_wrong_labels
 from plait.gradient.clip import Clip
 from plait.gradient.pixel import PixelwiseGradientClipping
 from plait.gradient.recurrent import VanishingGradientRegularizer
 from plait.gradient.regularize import FullBatch, GradientRegularization
 from plait.loss.base import squared_error
 from plait.method import Method
-from plait.step.adam import AdamW
 from plait.step.momentum import SGD
 from plait.train import train
 
@@ -32,12 +32,8 @@ from plait.train import train
 )
 def gradient_regularization_resists_wrong_labels(seed: int) -> tuple[float, float]:
     """500 training digits, one hidden layer, 400 steps."""
-
-    def reached(methods: list[Method]) -> float:
-        rule = AdamW(lr=3e-3, weight_decay=0.0)
-        return error(fitted(seed, [rule, *methods], count=500, steps=400, mislabelled=0.3), seed)
-
-    return reached([GradientRegularization(strength=0.1, ascent=0.1)]), reached([])
+    regularization = GradientRegularization(strength=0.1, ascent=0.1)
+    return error_after_wrong_labels(seed, [regularization]), error_after_wrong_labels(seed, [])
 
 
 class Diagonal(nn.Module):

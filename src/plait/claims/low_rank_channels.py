@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-
-from torch import nn
+from functools import partial
 
 from plait.claims.base import claim
-from plait.claims.low_rank_sparse import RATES, factored
-from plait.claims.parametrize import Task, accuracy, fit, network, pick
-from plait.method import Method
+from plait.claims.low_rank_sparse import factored, from_scratch
+from plait.claims.parametrize import network
 from plait.parametrize.low_rank_channels import LOST
 
 
@@ -23,14 +19,5 @@ from plait.parametrize.low_rank_channels import LOST
 )
 def whole_inputs_help_low_rank(seed: int) -> tuple[float, float]:
     """Compare at 300 steps on 400 digits; each side has the best of four learning rates."""
-    task = Task(lambda images: images, 400, 300, seed)
-
-    def side(make: Callable[[], nn.Module], methods: Callable[[], Sequence[Method]]) -> nn.Module:
-        def candidate(rate: float) -> nn.Module:
-            return fit(make(), task.train, methods(), task.steps, rate, seed)
-
-        return pick([functools.partial(candidate, rate) for rate in RATES], task.choose)
-
-    ours = side(lambda: network(seed), lambda: [LOST(rank=4, density=0.0625, where="0|2")])
-    theirs = side(lambda: factored(seed, 6), list)
-    return accuracy(ours, task.test), accuracy(theirs, task.test)
+    lost = LOST(rank=4, density=0.0625, where="0|2")
+    return from_scratch(seed, network, lost), from_scratch(seed, partial(factored, rank=6))
