@@ -187,6 +187,12 @@ def own_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
+def own_bias(layer: nn.Module) -> Tensor | None:
+    """Return a layer's own bias, or None where it has none."""
+    bias: Tensor | None = getattr(layer, "bias", None)
+    return bias
+
+
 def matrix(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a layer's weight as a matrix [out, in * kernel], a view where possible.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import CONVOLUTIONS, hooked, is_linear_map, is_transformers_conv1d
+from plait.layers import CONVOLUTIONS, hooked, is_linear_map, is_transformers_conv1d, own_bias
 
 
 @contextlib.contextmanager
@@ -86,7 +86,7 @@ def _sentence(name: str, layer: nn.Module, given: Any) -> str | None:
         )
     if given.dtype != weight.dtype and not torch.is_autocast_enabled(given.device.type):
         return f"the layer '{name}' is {weight.dtype} and its input {given.dtype}: convert one of the two."
-    bias: Tensor | None = getattr(layer, "bias", None)
+    bias = own_bias(layer)
     if bias is not None and bias.dtype != weight.dtype and not torch.is_autocast_enabled(given.device.type):
         return f"the layer '{name}' has a weight of {weight.dtype} and a bias of {bias.dtype}: convert one of the two."
     return None

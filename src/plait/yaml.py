@@ -39,8 +39,8 @@ def _refuse_surprises(text: str, title: str) -> None:
         line = getattr(event.start_mark, "line", 0) + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise BadInput(f"{title}, line {line}: references (& and *) are refused; write the value out.")
-        if getattr(event, "tag", None):
-            raise BadInput(f"{title}, line {line}: tags such as {event.tag!r} are refused; write plain values.")  # type: ignore[attr-defined]
+        if tag := getattr(event, "tag", None):
+            raise BadInput(f"{title}, line {line}: tags such as {tag!r} are refused; write plain values.")
 
 
 def _refuse_twice(node: yaml.Node | None, title: str) -> None:

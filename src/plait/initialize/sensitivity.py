@@ -14,7 +14,7 @@ from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction
 from plait.initialize.base import SHARE, groups, model_bytes, sharers, undisturbed
-from plait.layers import matches, matrix_shape, own_weight, weight_identity
+from plait.layers import matches, matrix_shape, own_bias, own_weight, weight_identity
 from plait.method import Method, Now, method
 from plait.parametrize.allocated import Allocated
 from plait.parametrize.base import Adapter, attached
@@ -178,7 +178,7 @@ def candidates(layer: int, name: str, sensitivity: Tensor, full: int, structure:
 
 
 def _bias_size(layer: nn.Module) -> int:
-    bias = getattr(layer, "bias", None)
+    bias = own_bias(layer)
     return 0 if bias is None else int(bias.numel())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Number
-from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, layers, matches, matrix_shape
+from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, layers, matches, matrix_shape, own_bias
 from plait.method import Method, Now, method
 from plait.parametrize.base import Parametrization, attach
 from plait.parametrize.low_rank import without_padding
@@ -77,7 +77,7 @@ class Multiplier(Parametrization):
 
     def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:
         """Return m (W x) + bias, which forms no weight."""
-        output, bias = below(), getattr(layer, "bias", None)
+        output, bias = below(), own_bias(layer)
         if bias is None:
             scaled: Tensor = self.factor * output
             return without_padding(layer, inputs, scaled)

@@ -24,7 +24,15 @@ from plait.errors import BadInput
 from plait.integrations.peft_files import ORIGIN, read_files, read_origin
 from plait.integrations.peft_prompts import KINDS as SOFT
 from plait.integrations.peft_prompts import load_prompt, save_prompt, untie_from_others, whole_layers
-from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, matrix_shape, own_weight, unwrapped
+from plait.layers import (
+    CONVOLUTIONS,
+    is_linear_map,
+    is_transformers_conv1d,
+    matrix_shape,
+    own_bias,
+    own_weight,
+    unwrapped,
+)
 from plait.parametrize.base import Parametrization, attach, stack
 from plait.parametrize.freeze import freeze, mark_fresh
 from plait.parametrize.lean import spare
@@ -321,7 +329,7 @@ def _from_peft(name: str, layer: nn.Module, held: Mapping[str, Tensor], config: 
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     magnitude, bias = held.get("lora_magnitude_vector"), held.get("lora_B.bias")
     bias = bias if bias is not None and bias.any() else None
-    if bias is not None and getattr(layer, "bias", None) is None:
+    if bias is not None and own_bias(layer) is None:
         raise BadInput(f"the adapter moves the bias of '{name}', which has none: merge the adapter with peft first.")
     return Factors(
         a, b, scale, None if magnitude is None else magnitude.flatten(), None if bias is None else scale * bias

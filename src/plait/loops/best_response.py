@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from plait.catalogue import paper
 from plait.fields import Count, NonNegative, Positive
-from plait.layers import CONVOLUTIONS, is_transformers_conv1d, own_weight
+from plait.layers import CONVOLUTIONS, is_transformers_conv1d, own_bias, own_weight
 from plait.loops.tuning import FURTHEST, Tuner, adam_step, knobs, set_numbers
 from plait.method import Ask, Method, Now, method
 from plait.parametrize.base import Parametrization, Parametrize, attach, attached, stack
@@ -109,7 +109,7 @@ class STN(Tuner, Parametrize):
     def build(self, layer: nn.Module, weight: Tensor) -> BestResponse:
         """Return the response of one layer."""
         affine = isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or is_transformers_conv1d(layer)
-        return BestResponse(weight, layer.bias if affine else None)  # type: ignore[arg-type]
+        return BestResponse(weight, own_bias(layer) if affine else None)
 
     def parametrize(self, model: nn.Module) -> None:
         """Attach a response to each target."""

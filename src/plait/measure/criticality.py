@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
-from plait.layers import evaluating, hooked, layers, matrix, require_layers
+from plait.layers import evaluating, hooked, layers, matrix, own_bias, require_layers
 from plait.math.criticality import activation_of, recursion, susceptibilities
 from plait.measure.base import curve
 from plait.method import Method, Now, method
@@ -73,7 +73,8 @@ class SignalPropagation(Method):
         activation = activation_of(model, self.activation)
         flat = [matrix(layer, dense_weight(layer)).double() for layer in chain]
         weights = [float(w.square().mean()) * w.shape[1] for w in flat]
-        biases = [0.0 if layer.bias is None else float(layer.bias.double().square().mean()) for layer in chain]  # type: ignore[operator]
+        owned = [own_bias(layer) for layer in chain]
+        biases = [0.0 if bias is None else float(bias.double().square().mean()) for bias in owned]
         widths = [w.shape[0] for w in flat]
         predicted = recursion(activation, weights[1:], biases[1:], widths, found[0])
         both = [susceptibilities(activation, c, p.variance) for c, p in zip(weights[1:], predicted, strict=False)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix, own_weight
+from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix, own_bias, own_weight
 from plait.parametrize.base import Parametrization, stack
 from plait.parametrize.low_rank import adapter_dtype, low_rank_output
 from plait.parametrize.sparse import placed, places, recomputed_output
@@ -99,7 +99,7 @@ class Allocated(Parametrization):
         else:
             made = below()
         shift = self.shift()
-        if made is None or shift is None or getattr(layer, "bias", None) is None:
+        if made is None or shift is None or own_bias(layer) is None:
             return made
         ones = (1,) * len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else ()
         return made + shift.to(made.dtype).view(-1, *ones)

@@ -21,6 +21,7 @@ from plait.layers import (
     is_transformers_conv1d,
     layers,
     matrix,
+    own_bias,
     own_weight,
     refuse_names_of_others,
     require_layers,
@@ -102,7 +103,7 @@ class Stack(nn.ModuleDict):
 
 def run(layer: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the output of a linear layer with another weight, in the layer's own shape, and perhaps another bias."""
-    bias = getattr(layer, "bias", None) if bias is None else bias
+    bias = own_bias(layer) if bias is None else bias
     if isinstance(layer, nn.Linear):
         return linear(inputs, weight, bias)
     if isinstance(layer, nn.Embedding):
@@ -178,7 +179,7 @@ def _output(layer: nn.Module, inputs: Tensor, chosen: list[Parametrization]) -> 
 
 def dense_bias(layer: nn.Module, parametrizations: list[Parametrization] | None = None) -> Tensor | None:
     """Return the bias that a layer uses, with what its parametrizations make of it; None if it has none."""
-    bias: Tensor | None = getattr(layer, "bias", None)
+    bias = own_bias(layer)
     if bias is None:
         return None
     made = bias

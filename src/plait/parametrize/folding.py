@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import own_weight
+from plait.layers import own_bias, own_weight
 from plait.math.packed import Packed, numbers, quantized_elsewhere, release, unpack
 from plait.parametrize.bank import settle_copies
 from plait.parametrize.base import dense_bias, dense_weight, detach, stack
@@ -54,7 +54,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 def _fold_bias(layer: nn.Module, uses: dict[int, int]) -> None:
     """Write what adapters make of a layer's bias into it, or into one of its own where layers share it."""
-    made, bias = dense_bias(layer), getattr(layer, "bias", None)
+    made, bias = dense_bias(layer), own_bias(layer)
     if made is None or not isinstance(bias, Tensor) or torch.equal(made, bias):
         return
     if uses[id(bias)] > 1:

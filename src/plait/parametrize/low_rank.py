@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Positive
-from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix, own_weight
+from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix, own_bias, own_weight
 from plait.math.packed import Packed
 from plait.math.products import product
 from plait.math.tracing import traced
@@ -65,7 +65,7 @@ def fusible(layer: nn.Module, inputs: Tensor) -> bool:
     nothing that traces or transforms.
     """
     weight = own_weight(layer)
-    bias: Tensor | None = getattr(layer, "bias", None)
+    bias = own_bias(layer)
     kinds = {inputs.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
     return (
         not weight.requires_grad

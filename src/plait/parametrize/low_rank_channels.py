@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Positive
-from plait.layers import CONVOLUTIONS, matrix_shape, own_weight
+from plait.layers import CONVOLUTIONS, matrix_shape, own_bias, own_weight
 from plait.math.svd import exact_svd
 from plait.method import Method, method
 from plait.parametrize.base import Parametrization
@@ -58,7 +58,7 @@ class LowRankChannels(Parametrization):
         if low is None:
             return None
         values = ((1 - self.share) * self.values).to(inputs.dtype)
-        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        bias = own_bias(layer)
         if isinstance(layer, CONVOLUTIONS):
             kept = values.view(len(values), len(self.channels), *layer.kernel_size)
             read = inputs.index_select(-1 - len(layer.kernel_size), self.channels)

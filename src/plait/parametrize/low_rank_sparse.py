@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Positive
-from plait.layers import matrix_shape
+from plait.layers import matrix_shape, own_bias
 from plait.method import Method, method
 from plait.parametrize.base import Parametrization, Parametrize, new_or_at_the_ends, refuse_shared, stack
 from plait.parametrize.low_rank import adapter_dtype, check_rank
@@ -40,7 +40,7 @@ class LowRankSparse(Parametrization):
 
     def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:
         """Return (scale * B A + S) x + bias, forming the weight anew for the backward pass, for linear layers."""
-        bias: Tensor | None = getattr(layer, "bias", None)
+        bias = own_bias(layer)
         return recomputed_output(
             layer, inputs, self.values, self.support, A=self.A, B=self.B, scale=self.scale, bias=bias
         )

@@ -14,7 +14,7 @@ from plait.batch import IGNORE, Batch
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction, NonNegative, ScheduledNonNegative
-from plait.layers import evaluating, hooked, layers, matrix, own_weight, require_layers, weight_identity
+from plait.layers import evaluating, hooked, layers, matrix, own_bias, own_weight, require_layers, weight_identity
 from plait.math.logits import dense
 from plait.method import Method, Now, method
 from plait.parametrize.base import dense_weight, run, stack, untouched_weight
@@ -62,7 +62,7 @@ def weight_gradient(layer: nn.Module, inputs: Tensor, grad_output: Tensor) -> Te
     tensor([[3., 6.]])
     """
     weight = own_weight(layer)
-    bias: Tensor | None = getattr(layer, "bias", None)
+    bias = own_bias(layer)
     free = torch.zeros(weight.shape, device=weight.device, requires_grad=True)
     given = inputs.float() if inputs.is_floating_point() else inputs
     output = run(layer, given, free, None if bias is None else torch.zeros_like(bias, dtype=torch.float32))

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from plait.catalogue import paper
 from plait.fields import Count, ScheduledNonNegative
-from plait.layers import layers, matrix
+from plait.layers import layers, matrix, own_bias
 from plait.math.spectral import power_iteration
 from plait.method import Now, method
 from plait.parametrize.base import dense_weight
@@ -23,7 +23,7 @@ def gains_and_biases(model: nn.Module, where: str) -> tuple[list[Tensor], list[T
     gains: list[Tensor] = []
     biases: list[Tensor] = []
     for _, layer in layers(model, where, nn.Module):
-        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+        weight, bias = getattr(layer, "weight", None), own_bias(layer)
         norm = isinstance(layer, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) or "Norm" in type(layer).__name__
         if norm and isinstance(weight, nn.Parameter) and weight.requires_grad and weight.dim() == 1:
             gains.append(weight)

@@ -149,10 +149,11 @@ def lora_forgets(
     def losses(candidate: nn.Module) -> tuple[float, float]:
         engine = Engine(seed=seed, call=call)
         engine.place(candidate)
-        return tuple(  # type: ignore[return-value]
-            engine.evaluate(candidate, data, loss or default_loss(data), Now(model=candidate), batch_size)
-            for data in tests
-        )
+
+        def on(data: Any) -> float:
+            return engine.evaluate(candidate, data, loss or default_loss(data), Now(model=candidate), batch_size)
+
+        return on(tests[0]), on(tests[1])
 
     target_before, source_before = losses(copy.deepcopy(model))
     runs = []
