@@ -80,29 +80,39 @@ def test_processes_of_different_seeds_freeze_the_same_weights(tmp_path: Path) ->
 
 
 UNEVEN = """
+import sys
 import torch
 from torch import nn
 from plait import SGD, train
+from plait.penalty.norm import L2
 from plait.sharding import leave, rank
-x = torch.randn(14, 3, generator=torch.Generator().manual_seed(0))
+rows, sharding = int(sys.argv[1]), sys.argv[2]
+x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0))
 torch.manual_seed(0)
-run = train(nn.Linear(3, 1), (x, x[:, 0] ** 2), methods=[SGD(lr=0.1)], steps=4, batch_size=12, device="cpu")
+run = train(
+    nn.Linear(3, 1), (x, x[:, 0] ** 2), methods=[L2(strength=0.1), SGD(lr=0.1)], steps=4, batch_size=12, accumulate=2,
+    sharding=sharding, device="cpu",
+)
 if rank() == 0:
     print([t.flatten().tolist() for t in run.model.parameters()], [seen["objective"] for seen in run.history])
 leave()
 """
 
 
-def test_a_process_without_an_example_adds_nothing(tmp_path: Path) -> None:
-    """The last batch of an epoch has two examples for three processes."""
+@pytest.mark.parametrize(("rows", "processes"), [(14, 3), (15, 2)])
+def test_a_process_without_an_example_adds_nothing(rows: int, processes: int, tmp_path: Path) -> None:
+    """The last batch of an epoch has two examples for three processes; or one for the second micro-batch of two."""
     script, ends = tmp_path / "uneven.py", []
     script.write_text(UNEVEN)
-    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]):
-        done = subprocess.run([sys.executable, *start, str(script)], capture_output=True, text=True, timeout=180)
+    together = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    for start, sharding in (([], "none"), (together, "none"), (together, "fsdp")):
+        run = [sys.executable, *start, str(script), str(rows), sharding]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr[-3000:]
         ends.append([float(n) for n in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", done.stdout.strip().splitlines()[-1])])
     assert len(ends[0]) == 8
-    np.testing.assert_allclose(*ends, atol=TOLERANCE)
+    for end in ends[1:]:
+        np.testing.assert_allclose(end, ends[0], atol=TOLERANCE)
 
 
 def test_two_processes_train_the_same_entries() -> None:

@@ -62,6 +62,10 @@ class Batch:
         """Return some of the examples."""
         return Batch(tree_map(lambda t: t[rows], self.inputs), self.target[rows], self.index[rows], self.weight[rows])
 
+    def uncounted(self) -> Batch:
+        """Return the batch with no weight on any example."""
+        return replace(self, weight=torch.zeros_like(self.weight))
+
     def split(self, parts: int) -> Iterator[Batch]:
         """Yield the batch in `parts` micro-batches of nearly equal size; a batch too small gives fewer."""
         size = -(-len(self) // max(parts, 1))

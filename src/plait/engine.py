@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -306,12 +305,25 @@ class Engine:
         """Return this process's share of a batch, on the device; where it has none, an example that counts 0."""
         share = positions[self.accelerator.process_index :: self.processes]
         made: Batch = data.batch(share if len(share) else positions[:1]).to(self.device)
-        return made if len(share) else replace(made, weight=torch.zeros_like(made.weight))
+        return made if len(share) else made.uncounted()
 
     def micro_batches(self, examples: int, accumulate: int) -> int:
         """Return in how many parts to work through that many examples: a batch that has grown takes more of them."""
         share = -(-self.batch_size // self.processes)
         return accumulate * (-(-examples // share) if share else 1)
+
+    def parts(self, batch: Batch, accumulate: int) -> list[tuple[Batch, float]]:
+        """Return a batch's micro-batches, each with its share of the examples.
+
+        Of a sharded model every pass is one of all processes: one that has fewer parts than others repeats one that
+        counts 0.
+        """
+        split = batch.split(self.micro_batches(len(batch), accumulate))
+        own = [(part, len(part) / len(batch)) for part in split]
+        if self.sharding != "none":
+            counts = sharding.gather(torch.tensor(len(own), device=self.device))
+            own += [(own[0][0].uncounted(), 0.0)] * (max(map(int, counts)) - len(own))
+        return own
 
     def total(self, mass: Tensor) -> Tensor:
         """Return the sum of the masses of all processes, never 0."""

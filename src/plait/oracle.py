@@ -29,16 +29,15 @@ def oracle(engine: Any, misfit: Misfit, methods: Sequence[Method], accumulate: i
 
     def ask(model: nn.Module, now: Now) -> Tensor:
         whole, total = now.batch, engine.total(now.batch.mass())
-        parts = list(whole.split(engine.micro_batches(len(whole), accumulate)))
+        parts = engine.parts(whole, accumulate)
         value = torch.zeros((), device=whole.weight.device)
         figures: dict[str, float] = {"loss": 0.0}
         now.share = engine.scale / max(len(whole), 1)
         _say_uncounted(whole, now)
-        for number, part in enumerate(parts, 1):
+        for number, (part, share) in enumerate(parts, 1):
             with engine.synchronized(model, last=number == len(parts)), engine.watching(model, methods, now):
                 now.batch, now.output = part, engine.call(model, part.inputs)
                 loss = weighted_sum(misfit(now.output, part.target, now), part.weight) / total
-                share = len(part) / len(whole)
                 added = [(m, scalar(m.penalty(engine.plain(model), now))) for m in methods]
                 _refuse_constants(added, methods, now)
                 _refuse_untrained(loss, now)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -135,7 +134,7 @@ class EGN(Rule):
         held, parts, batch = [(p, p.grad) for p in model.parameters()], now.parts, now.batch
         restore = reversible(model, now)
         model.zero_grad(set_to_none=True)
-        now.batch = replace(batch, weight=torch.zeros_like(batch.weight))
+        now.batch = batch.uncounted()
         with torch.enable_grad():
             ask(model, now)
         found = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters.values()]
