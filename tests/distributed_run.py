@@ -9,6 +9,7 @@ from torch import nn
 
 from plait import train
 from plait.data.batch_size import AdaptiveBatchSize
+from plait.gradient.module_variance import AGVM
 from plait.measure.coherence import Coherence
 from plait.measure.curvature import HessianSpectrum
 from plait.measure.generalization import GeneralizationGap
@@ -52,6 +53,7 @@ METHODS: dict[str, list[Method]] = {
     "growing": [SpIEL(density=0.3, every=3, estimate=2, rate=0.5, where="blocks.[01]")],
     "lisa": [LISA(where="blocks.[0-9]", layers=1, period=2)],
     "hft": [HFT(period=2)],
+    "agvm": [AGVM(every=1, adaptive=True)],
     "measured": [
         GaLore(rank=2, period=2, lr=0.01),
         *(HessianSpectrum(), Coherence(), GeneralizationGap(), SubspaceAngle()),

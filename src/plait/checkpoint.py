@@ -149,7 +149,7 @@ def _contents(
     """Return what a checkpoint holds: tensors by file, frozen weights, and JSON. All processes gather together."""
     moving, frozen = _tensors_of(model)
     states, plain = optimizer_state(model, rule)
-    memory = {f"{name}\n{key}": t for name, held in now.memory.items() for key, t in held.items()}
+    memory = {f"{name}\n{key}": full(t) for name, held in now.memory.items() for key, t in held.items()}
     drawn = {f"{rank}/{key}": t for key, value in _random_states(now).items() for rank, t in enumerate(gather(value))}
     files = {"model": moving, "optimizer": states, "memory": memory, "random": {**drawn, **sampler.state()}}
     state = {

@@ -13,7 +13,7 @@ from plait.fields import Count, Positive, Probability, Size
 from plait.gradient.base import Gradient
 from plait.layers import matches
 from plait.method import Ask, Method, Now, method
-from plait.sharding import full, gather
+from plait.sharding import full, gather, is_sharded, like
 
 TINY = 1e-6
 """Keeps the ratio of two variances finite."""
@@ -125,7 +125,7 @@ class AGVM(Gradient):
             scale = state["scale"]
             for name, number in groups.items():
                 if self.adaptive and (gradient := parameters[name].grad) is not None:
-                    squares = state.setdefault(f"{name}/squares", torch.zeros_like(gradient))
+                    squares = state[f"{name}/squares"] = self.squares(name, gradient, state)
                     squares.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
                 if number and float(scale[number]) != 1.0 and parameters[name].requires_grad:
                     state[f"{name}/before"] = parameters[name].detach().clone()
@@ -158,8 +158,15 @@ class AGVM(Gradient):
         """Return a gradient as the optimizer will use it."""
         if not self.adaptive:
             return gradient
-        squares = state.get(f"{name}/squares", torch.zeros_like(gradient))
+        squares = self.squares(name, gradient, state)
         return gradient / ((self.beta2 * squares + (1 - self.beta2) * gradient.square()).sqrt() + 1e-8)
+
+    def squares(self, name: str, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Return the running mean of squares of a gradient so far, spread over processes as it is."""
+        held = state.get(f"{name}/squares")
+        if held is None:
+            return torch.zeros_like(gradient)
+        return held if is_sharded(held) else like(held, gradient)  # a checkpoint brings it back whole
 
 
 def smallest(count: int, now: Now) -> int:
