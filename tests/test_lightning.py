@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from plait import AdamW, BadInput, Clip, Method, Now, method, train
 from plait.finish.quantize import Requantize
+from plait.initialize.sensitivity import SPT
 from plait.integrations.lightning import PlaitCallback
 from plait.method import Ask
 from plait.parametrize.low_rank import LoRA
@@ -97,6 +98,11 @@ def test_methods_of_the_loss_place_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(BadInput, match="changes the loss, which is computed in your training_step"):
         PlaitCallback(Harder())
+
+
+def test_what_chooses_its_weights_after_the_optimizer_was_made_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"SPT decides what is trained \('0.plait.spt"):
+        fit(tmp_path, LoRA(rank=2, where="2"), SPT(where="0", share=0.5))
 
 
 def test_several_asks_with_accumulation_are_refused(tmp_path: Path) -> None:

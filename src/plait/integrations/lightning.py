@@ -104,7 +104,13 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
         now.call = lambda model, rows: model(rows[0] if isinstance(rows, list | tuple) else rows)
         if trainer.global_step == 0:
             for m in self.methods:
+                before = {id(p) for p in network.parameters() if p.requires_grad}
                 m.initialize(network, now)
+                if late := [n for n, p in network.named_parameters() if p.requires_grad and id(p) not in before]:
+                    raise BadInput(
+                        f"{type(m).__name__} decides what is trained ('{late[0]}') at its start, after Lightning has "
+                        "asked for the optimizer: use plait.train or transformers' Trainer for it."
+                    )
         for m in self.methods:
             m.forward(network, now)
         self._wrap_step(pl_module, network)
