@@ -380,6 +380,22 @@ def test_export_to_onnx_gives_the_same_logits() -> None:
     assert torch.allclose(torch.from_numpy(logits), outcome.model.eval()(inputs), atol=1e-5)
 
 
+def test_a_language_model_is_exported_to_onnx_with_whole_logits() -> None:
+    import onnxruntime
+    import torch
+
+    from plait.workbench.run import run_recipe
+
+    Path("some.txt").write_text("in the beginning was the word " * 60)
+    Path("lm.yaml").write_text("{model: llama-tiny, data: {source: some.txt, length: 16}, train: {steps: 1}}")
+    command = [sys.executable, "-m", "plait.cli", "export", "lm.yaml", "out", "--to", "onnx"]
+    subprocess.run(command, check=True, capture_output=True)
+    outcome = run_recipe(Recipe.read("lm.yaml"), "runs/lm", quiet=True)
+    tokens = outcome.task.test.batch(torch.arange(3)).inputs["input_ids"]
+    (logits,) = onnxruntime.InferenceSession("out/model.onnx").run(None, {"input_ids": tokens.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), outcome.model.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_export_of_what_a_format_cannot_hold_names_another() -> None:
     done = plait("export", "wine.yaml", "out", "--to", "transformers")
     assert done.exit_code == 2

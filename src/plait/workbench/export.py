@@ -94,6 +94,7 @@ def to_onnx(task: Task, model: Any, folder: Path) -> None:
     """Fold the adapters into the weights and trace the model, soft prompts included, on one batch of the test set."""
     import torch
 
+    from plait.math.logits import dense
     from plait.parametrize.folding import fold
     from plait.parametrize.prompt import soft_prompts
 
@@ -110,7 +111,7 @@ def to_onnx(task: Task, model: Any, folder: Path) -> None:
             self.model = plain
 
         def forward(self, *inputs: Tensor) -> Any:
-            return task.call(self.model, dict(zip(names, inputs, strict=True)) if many else inputs[0])
+            return dense(task.call(self.model, dict(zip(names, inputs, strict=True)) if many else inputs[0]))
 
     many = isinstance(batch.inputs, dict)
     given = tuple(batch.inputs.values()) if many else (batch.inputs,)
