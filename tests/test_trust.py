@@ -245,6 +245,25 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_goes_on(name: str, p
     assert same(weights(run(tmp_path)), weights(uninterrupted()))
 
 
+@pytest.mark.parametrize("name", FILES[1:])
+def test_a_checkpoint_with_one_bit_turned_is_named(name: str, tmp_path: Path) -> None:
+    stopped(tmp_path)
+    damaged = tmp_path / "step-3" / name
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    assert said(tmp_path).startswith(f"{damaged} is truncated or damaged (it does not hold what was written): delete")
+
+
+def test_frozen_weights_with_one_bit_turned_are_named(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    (frozen,) = tmp_path.glob("frozen-*.safetensors")
+    content = bytearray(frozen.read_bytes())
+    content[-1] ^= 1
+    frozen.write_bytes(content)
+    assert said(tmp_path).startswith(f"{frozen} is truncated or damaged (it does not hold what was written): delete")
+
+
 def test_truncated_frozen_weights_and_a_lone_damaged_checkpoint_mean_to_start_anew(tmp_path: Path) -> None:
     stopped(tmp_path / "a")
     (frozen,) = (tmp_path / "a").glob("frozen-*.safetensors")

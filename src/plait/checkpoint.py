@@ -179,6 +179,7 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], frozen: dict[str, 
         state["frozen"] = f"frozen-{digest(frozen)}.safetensors" if frozen else None
         if frozen and not (folder / state["frozen"]).exists():
             write_tensors(folder / state["frozen"], frozen)
+        state["digests"] = {name: digest(tensors) for name, tensors in files.items()}
         for name, tensors in files.items():
             write_tensors(temporary / f"{name}.safetensors", tensors)
         (temporary / "state.json").write_text(json.dumps(state))
@@ -242,6 +243,14 @@ def _state(place: Path) -> dict[str, Any]:
     return state
 
 
+def _read(path: Path, written: str | None) -> dict[str, Tensor]:
+    """Return the tensors of a file; raise BadInput if they are not those whose digest was written down."""
+    tensors = read_tensors(path)
+    if written is not None and digest(tensors) != written:
+        raise BadInput(f"{path} is truncated or damaged (it does not hold what was written).")
+    return tensors
+
+
 def _refuse_another(folder: Path, state: dict[str, Any], fits: dict[str, Any], now: Now) -> None:
     """Refuse the checkpoint of another run."""
     found, cure = state["signature"], "choose another folder, or delete that one to start anew"
@@ -293,8 +302,9 @@ def resume_weights(folder: str | Path | None, model: nn.Module, now: Now, fits: 
         return False
     place, state = found
     with _naming_the_cure(Path(folder)):
-        frozen = read_tensors(place.parent / state["frozen"]) if state["frozen"] else {}
-        tensors = {**frozen, **read_tensors(place / "model.safetensors")}
+        name = state["frozen"]
+        frozen = _read(place.parent / name, Path(name).stem.removeprefix("frozen-")) if name else {}
+        tensors = {**frozen, **_read(place / "model.safetensors", state.get("digests", {}).get("model"))}
     model.load_state_dict(tensors, strict=False)
     return True
 
@@ -313,10 +323,11 @@ def resume(
     if found is None:
         return
     place, state = found
+    written = state.get("digests", {})
     with _naming_the_cure(place.parent):
         # Copies begin where every new tensor does: matrix products round otherwise at other alignments.
         states, memory, drawn = (
-            {key: t.clone() for key, t in read_tensors(place / f"{name}.safetensors").items()}
+            {key: t.clone() for key, t in _read(place / f"{name}.safetensors", written.get(name)).items()}
             for name in ("optimizer", "memory", "random")
         )
     load_optimizer(model, rule, states, state["optimizer"])
