@@ -85,8 +85,8 @@ def thirty_percent_are_superfluous(seed: int) -> tuple[float, float]:
     baseline="uniform weights",
     figure="training log loss",
     better="lower",
-    seeds=10,
-    first_seed=100,
+    seeds=24,
+    first_seed=1000,
 )
 def converges_faster(seed: int) -> tuple[float, float]:
     """Train for sixteen epochs; what the paper's theory is about."""
@@ -101,8 +101,8 @@ def converges_faster(seed: int) -> tuple[float, float]:
     baseline="uniform weights",
     figure="test log loss",
     better="lower",
-    seeds=10,
-    first_seed=100,
+    seeds=24,
+    first_seed=1000,
 )
 def generalizes_sooner(seed: int) -> tuple[float, float]:
     """Train for three epochs, far from convergence."""

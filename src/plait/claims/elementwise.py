@@ -26,6 +26,8 @@ from plait.train import train
     baseline="Adam, the same learning rates tried",
     figure="test cross entropy, best of 5 rates on validation",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def friction_beats_none(seed: int) -> tuple[float, float]:
     """Nothing but the friction differs; the rates reach beyond both rules' best, since friction halves small steps."""

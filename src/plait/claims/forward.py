@@ -29,6 +29,8 @@ def _narrow(seed: int, dropout: float, methods: list[Method]) -> float:
     baseline="no dropout",
     figure="training loss",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def early_dropout_fits_better_than_none(seed: int) -> tuple[float, float]:
     """6 hidden units, 1000 digits."""
@@ -41,6 +43,8 @@ def early_dropout_fits_better_than_none(seed: int) -> tuple[float, float]:
     baseline="dropout of the same rate throughout",
     figure="training loss",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def early_dropout_fits_better_than_throughout(seed: int) -> tuple[float, float]:
     """6 hidden units, 1000 digits."""

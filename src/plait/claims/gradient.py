@@ -56,8 +56,8 @@ def error_after_wrong_labels(seed: int, methods: list[Method]) -> float:
     baseline="AdamW alone, the same batches",
     figure="test error after training with 30 % random labels",
     better="lower",
-    seeds=10,
-    first_seed=100,
+    seeds=24,
+    first_seed=1000,
 )
 def amp_resists_wrong_labels(seed: int) -> tuple[float, float]:
     """500 training digits, one hidden layer."""

@@ -18,6 +18,8 @@ from plait.method import Ask, Method, Now, method
     figure="cosine with the full gradient, mean over layers",
     better="higher",
     margin=0.1,
+    seeds=24,
+    first_seed=1000,
 )
 def nearer_to_the_full_gradient(seed: int) -> tuple[float, float]:
     """The same trained adapters, with adjusted and with plain gradients of their factors."""
@@ -66,7 +68,8 @@ def descended(seed: int, *methods: Method) -> float:
     baseline="LoRA under AdamW",
     figure="held-out cross entropy after 40 steps",
     better="lower",
-    seeds=10,
+    seeds=24,
+    first_seed=1000,
 )
 def trains_better_with_adam(seed: int) -> tuple[float, float]:
     """LoRA-Pro with adam=True against LoRA, rank 2, transposed digits."""
@@ -81,7 +84,8 @@ def trains_better_with_adam(seed: int) -> tuple[float, float]:
     baseline="LoRA under the same step",
     figure="held-out cross entropy after 40 steps",
     better="lower",
-    seeds=10,
+    seeds=24,
+    first_seed=1000,
 )
 def trains_better_with_plain_descent(seed: int) -> tuple[float, float]:
     """LoRA-Pro against LoRA, rank 2, transposed digits."""
@@ -133,7 +137,8 @@ def full_training(seed: int, *methods: Method) -> float:
     baseline="a random mask of the same density",
     figure="held-out cross entropy",
     better="lower",
-    seeds=10,
+    seeds=24,
+    first_seed=1000,
 )
 def beats_a_random_mask(seed: int) -> tuple[float, float]:
     """Fine-tuning of all weights, plain descent, 30 steps, each at its best of 5 rates."""
@@ -148,7 +153,8 @@ def beats_a_random_mask(seed: int) -> tuple[float, float]:
     baseline="plain fine-tuning",
     figure="held-out cross entropy",
     better="lower",
-    seeds=10,
+    seeds=24,
+    first_seed=1000,
 )
 def beats_plain_training(seed: int) -> tuple[float, float]:
     """Fine-tuning of all weights, plain descent, 30 steps, each at its best of 5 rates."""
@@ -163,6 +169,8 @@ def beats_plain_training(seed: int) -> tuple[float, float]:
     baseline="a random mask of the same density, the same rate",
     figure="training cross entropy after one step of descent at rate 0.01",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def one_step(seed: int) -> tuple[float, float]:
     """A step on all transposed digits from the network that knows upright ones."""

@@ -145,6 +145,8 @@ def adapts_better_than_the_last_layer(seed: int) -> tuple[float, float]:
     baseline="LoRA of the same rank",
     figure="accuracy on held-out turned digits",
     better="higher",
+    seeds=24,
+    first_seed=1000,
 )
 def adapts_better_than_lora(seed: int) -> tuple[float, float]:
     """Compare at 60 steps on 300 turned digits."""
@@ -178,8 +180,8 @@ def fits_sooner_than_lora(seed: int) -> tuple[float, float]:
     baseline="plain fine-tuning, its learning rate chosen from the same two",
     figure="cross entropy on held-out noisy digits",
     better="lower",
-    seeds=10,
-    first_seed=100,
+    seeds=24,
+    first_seed=1000,
 )
 def generalizes_from_few_examples(seed: int) -> tuple[float, float]:
     """Compare at 100 steps on 40 digits with Gaussian noise."""
@@ -197,8 +199,8 @@ def noisy(images: Tensor) -> Tensor:
     baseline="the same network and training without it",
     figure="mean over layers of mean |W| / max |W|",
     better="higher",
-    seeds=10,
-    first_seed=100,
+    seeds=24,
+    first_seed=1000,
 )
 def evens_out_the_weights(seed: int) -> tuple[float, float]:
     """Compare after 200 steps at one learning rate."""
@@ -218,8 +220,8 @@ def evens_out_the_weights(seed: int) -> tuple[float, float]:
     baseline="the same network and training without it",
     figure="accuracy on held-out digits",
     better="higher",
-    seeds=10,
-    first_seed=100,
+    seeds=24,
+    first_seed=1000,
 )
 def generalizes_better_from_scratch(seed: int) -> tuple[float, float]:
     """Compare at 200 steps; each side has the better of two learning rates."""

@@ -25,6 +25,8 @@ RULE = AdamW(lr=3e-3, weight_decay=0.0)
     baseline="L2 of the same strength, better here than weaker L2",
     figure="test error with noise of deviation 0.3",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def groups_beat_l2_under_noise(seed: int) -> tuple[float, float]:
     """200 training digits, one hidden layer."""
@@ -38,6 +40,8 @@ def groups_beat_l2_under_noise(seed: int) -> tuple[float, float]:
     baseline="the same training without a penalty",
     figure="test error with noise of deviation 0.3",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def groups_help_under_noise(seed: int) -> tuple[float, float]:
     """200 training digits, one hidden layer."""

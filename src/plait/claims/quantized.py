@@ -53,6 +53,8 @@ def distance(seed: int, methods: list[Method]) -> float:
     baseline="the same quantized base under LoRA's own start, which adds nothing",
     figure="mean squared distance of the logits on held-out digits, before training",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def starts_nearer_to_the_unquantized_network(seed: int) -> tuple[float, float]:
     """Compare on the network that upright digits were learned with."""
@@ -66,7 +68,8 @@ def starts_nearer_to_the_unquantized_network(seed: int) -> tuple[float, float]:
     baseline="LoRA's own start on the same base, its learning rate chosen from the same three",
     figure="cross entropy on the digits that are trained on",
     better="lower",
-    seeds=10,
+    seeds=24,
+    first_seed=1000,
 )
 def fits_sooner_on_four_bits(seed: int) -> tuple[float, float]:
     """Compare at 20 steps on 300 turned digits."""
@@ -86,7 +89,8 @@ def fits_sooner_on_four_bits(seed: int) -> tuple[float, float]:
     baseline="the same adapters folded into the dequantized base, whose sum is rounded a second time",
     figure="cross entropy on held-out turned digits",
     better="lower",
-    seeds=10,
+    seeds=24,
+    first_seed=1000,
 )
 def one_rounding_is_better_than_two(seed: int) -> tuple[float, float]:
     """Compare after 100 steps on 300 turned digits; each side has the best of three learning rates."""

@@ -97,8 +97,8 @@ def settings(rule: Any, rates: Sequence[float], decays: Sequence[float] = (0.0,)
     baseline="Adam with an L2 penalty, as many strengths tried",
     figure="test cross entropy, best of 4 strengths on validation",
     better="lower",
-    seeds=10,
-    first_seed=100,
+    seeds=24,
+    first_seed=1000,
 )
 def decoupled_decay_beats_l2(seed: int) -> tuple[float, float]:
     """Each grid reaches from too little to too much; decoupled strengths are larger, being multiplied by the rate."""
@@ -130,6 +130,8 @@ def as_good_as_adamw_with_half_the_state(seed: int) -> tuple[float, float]:
     baseline="AdamW with the same decay, the same learning rates tried",
     figure="test cross entropy, best of 3 rates on validation",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def belief_beats_the_square(seed: int) -> tuple[float, float]:
     """Nothing but the second moment differs."""
@@ -143,8 +145,8 @@ def belief_beats_the_square(seed: int) -> tuple[float, float]:
     baseline="AdamW, as many learning rates and the same decays tried",
     figure="test cross entropy after 40 full-batch steps, best of 4 rates and 2 decays on validation",
     better="lower",
-    seeds=10,
-    first_seed=100,
+    seeds=24,
+    first_seed=1000,
 )
 def large_batches_in_few_steps(seed: int) -> tuple[float, float]:
     """Rates of LAMB are relative changes of a layer; each grid reaches from too slow to unstable."""

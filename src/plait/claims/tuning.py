@@ -120,6 +120,8 @@ def _self_tuned(seed: int) -> Run:
     baseline="eight runs of a grid with two levels of each of the five numbers; the best on the validation set",
     figure="test loss",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def beats_a_grid(seed: int) -> tuple[float, float]:
     """The levels stand a quarter from each end of the range, on the scale of logarithms."""
@@ -133,6 +135,8 @@ def beats_a_grid(seed: int) -> tuple[float, float]:
     baseline="eight runs with the five numbers drawn from the same ranges; the best on the validation set",
     figure="test loss",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def beats_random_search(seed: int) -> tuple[float, float]:
     """Points are uniform in the logarithm."""
@@ -145,6 +149,8 @@ def beats_random_search(seed: int) -> tuple[float, float]:
     baseline="a run of as many steps with the five numbers fixed at where the self-tuning run ended",
     figure="test loss",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def the_path_beats_its_end(seed: int) -> tuple[float, float]:
     """The paper's finding for dropout and its like."""
