@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from laws import made
 from plait import catalogue
 from plait.errors import BadInput
-from plait.method import Method
+from plait.initialize.weight_svd import PiSSA
+from plait.method import Method, Now
 from plait.parametrize.base import Parametrize, stack
+from plait.parametrize.folding import fold
 from plait.parametrize.low_rank import LoRA
+from plait.parametrize.singular import SORSA
 from plait.parametrize.sparse_smallest import SaRA
 from plait.step.adam import AdamW
 from plait.train import train
@@ -302,3 +306,24 @@ def test_adapters_of_layers_that_no_pass_uses(methods: list[Any]) -> None:
     data = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
     with pytest.raises(BadInput, match="nothing that is trained has an effect on the loss"):
         train(model, data, methods=[*methods, AdamW(lr=1e-2)], steps=2)
+
+
+@pytest.mark.parametrize(
+    "make", [parametrizations.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)]
+)
+def test_a_weight_that_is_made_of_others_in_each_pass(make: Any) -> None:
+    """Adapters stand on it and train, and nothing is written into it: it would be lost without a word."""
+    model, x = nn.Sequential(make(nn.Linear(8, 8)), nn.Linear(8, 3)), torch.randn(4, 8)
+    LoRA(rank=2).parametrize(model)
+    model(x).sum().backward()
+    assert model[0].plait.lora.B.grad.any()
+    for write in (fold, lambda model: PiSSA().initialize(model, Now()), SORSA(rank=2).parametrize):
+        before = model(x)
+        with pytest.raises(BadInput, match="is made of others in each pass"):
+            write(model)
+        assert torch.equal(model(x), before)
+
+
+def test_a_layer_that_has_no_shape_yet() -> None:
+    with pytest.raises(BadInput, match="'0' has no shape before its first input: run the model once before LoRA"):
+        LoRA(rank=2).parametrize(nn.Sequential(nn.LazyLinear(3)))

@@ -18,7 +18,7 @@ from plait.errors import BadInput
 from plait.layers import is_linear_map, matches, matrix, own_weight, unmatrix, weight_identity
 from plait.math.packed import Packed, numbers, quantized_elsewhere, unrounded
 from plait.method import Method, Now, method
-from plait.parametrize.base import Parametrization, Parametrize, attached, set_weight, stack
+from plait.parametrize.base import Parametrization, Parametrize, attached, refuse_made, set_weight, stack
 from plait.parametrize.low_rank import LowRank
 from plait.sharding import gather
 
@@ -55,6 +55,7 @@ class Start(Method):
         if self.moves:
             users = sharers(model)
             for name, layer, _ in chosen:
+                refuse_made(f"the weight of '{name}'", layer)
                 if any(part.replaces for part in stack(layer)):
                     raise BadInput(
                         f"{title} would move part of the weight of '{name}', but that is not in use: drop {title}."

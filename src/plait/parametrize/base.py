@@ -141,12 +141,22 @@ def untouched_weight(layer: nn.Module) -> Tensor:
     return unmatrix(layer, (flat + torch.stack(taken).sum(0)).to(weight.dtype), weight) if taken else weight
 
 
+def refuse_made(what: str, layer: nn.Module) -> None:
+    """Refuse to write a weight that a layer makes of others in each pass: what is written would be gone by the next."""
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        raise BadInput(
+            f"{what} is made of others in each pass (weight norm, pruning), so that nothing can be written into it: "
+            "make it plain first, as torch.nn.utils.parametrize.remove_parametrizations does, or leave it out of where."
+        )
+
+
 @torch.no_grad()
 def set_weight(layer: nn.Module, flat: Tensor) -> None:
     """Write a matrix [out, in] into a layer's own weight, whatever its shape and memory format.
 
     A quantized weight is rounded once, from what it was before it was quantized; refused where that is not held.
     """
+    refuse_made(f"the weight of a {type(layer).__name__}", layer)
     weight = own_weight(layer)
     if quantized_elsewhere(weight):
         raise BadInput("a weight that another library quantized cannot be changed: quantize it with Quantize instead.")
@@ -236,6 +246,10 @@ def _read_by_others(model: nn.Module) -> set[str]:
 
 def _check_weight(title: str, name: str, layer: nn.Module) -> None:
     weight = own_weight(layer)
+    if isinstance(weight, nn.UninitializedParameter):
+        raise BadInput(
+            f"the weight of '{name}' has no shape before its first input: run the model once before {title}."
+        )
     if weight.is_meta:
         raise BadInput(f"the weight of '{name}' is on the meta device: load the model's weights before {title}.")
     if not weight.is_floating_point():

@@ -9,7 +9,7 @@ from plait.errors import BadInput
 from plait.layers import own_bias, own_weight
 from plait.math.packed import Packed, numbers, quantized_elsewhere, release, unpack
 from plait.parametrize.bank import settle_copies
-from plait.parametrize.base import dense_bias, dense_weight, detach, stack
+from plait.parametrize.base import dense_bias, dense_weight, detach, refuse_made, stack
 from plait.parametrize.lean import restore
 from plait.parametrize.prompt import refuse_prompts
 
@@ -30,6 +30,8 @@ def fold(model: nn.Module) -> nn.Module:
     for name, layer in model.named_modules():
         if bent := [part.made_by for part in stack(layer) if not part.linear]:
             raise BadInput(f"{bent[0]} acts on what '{name}' puts out, which no weight can hold: leave out folding.")
+        if stack(layer):
+            refuse_made(f"the weight of '{name}'", layer)
     settle_copies(model)
     untied = False
     for layer in list(model.modules()):
