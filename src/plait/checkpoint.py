@@ -13,7 +13,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,26 @@ def signature(model: nn.Module, methods: Sequence[Method], **settings: Any) -> d
     }
 
 
+def _bytes(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    for name, tensor in sorted(tensors.items()):
+        yield f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode()
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def digest(tensors: dict[str, Tensor]) -> str:
     """Return a name for the values of some tensors."""
     made = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        made.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        made.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for part in _bytes(tensors):
+        made.update(part)
     return made.hexdigest()[:16]
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """Return what shows damage to some tensors, in a quarter of the time that a digest takes."""
+    made = 0
+    for part in _bytes(tensors):
+        made = zlib.crc32(part, made)
+    return f"{made:08x}"
 
 
 def _names(model: nn.Module, rule: torch.optim.Optimizer) -> list[str]:
@@ -179,7 +193,7 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], frozen: dict[str, 
         state["frozen"] = f"frozen-{digest(frozen)}.safetensors" if frozen else None
         if frozen and not (folder / state["frozen"]).exists():
             write_tensors(folder / state["frozen"], frozen)
-        state["digests"] = {name: digest(tensors) for name, tensors in files.items()}
+        state["checksums"] = {name: checksum(tensors) for name, tensors in files.items()}
         for name, tensors in files.items():
             write_tensors(temporary / f"{name}.safetensors", tensors)
         (temporary / "state.json").write_text(json.dumps(state))
@@ -243,10 +257,10 @@ def _state(place: Path) -> dict[str, Any]:
     return state
 
 
-def _read(path: Path, written: str | None) -> dict[str, Tensor]:
-    """Return the tensors of a file; raise BadInput if they are not those whose digest was written down."""
+def _read(path: Path, written: str | None, mark: Callable[[dict[str, Tensor]], str] = checksum) -> dict[str, Tensor]:
+    """Return the tensors of a file; raise BadInput if they are not those whose mark was written down."""
     tensors = read_tensors(path)
-    if written is not None and digest(tensors) != written:
+    if written is not None and mark(tensors) != written:
         raise BadInput(f"{path} is truncated or damaged (it does not hold what was written).")
     return tensors
 
@@ -303,8 +317,8 @@ def resume_weights(folder: str | Path | None, model: nn.Module, now: Now, fits: 
     place, state = found
     with _naming_the_cure(Path(folder)):
         name = state["frozen"]
-        frozen = _read(place.parent / name, Path(name).stem.removeprefix("frozen-")) if name else {}
-        tensors = {**frozen, **_read(place / "model.safetensors", state.get("digests", {}).get("model"))}
+        frozen = _read(place.parent / name, Path(name).stem.removeprefix("frozen-"), digest) if name else {}
+        tensors = {**frozen, **_read(place / "model.safetensors", state.get("checksums", {}).get("model"))}
     model.load_state_dict(tensors, strict=False)
     return True
 
@@ -323,7 +337,7 @@ def resume(
     if found is None:
         return
     place, state = found
-    written = state.get("digests", {})
+    written = state.get("checksums", {})
     with _naming_the_cure(place.parent):
         # Copies begin where every new tensor does: matrix products round otherwise at other alignments.
         states, memory, drawn = (
