@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import plait
 from plait.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,18 @@ def test_every_command_named_anywhere_exists_and_takes_its_options() -> None:
     assert {command: odd for command in COMMANDS if (odd := faults(command))} == {}
     assert faults("plait comprae a.yaml") == ["comprae"]
     assert faults("plait run examples/nope.yaml --steps 3") == ["--steps", "examples/nope.yaml"]
+
+
+def test_every_method_that_a_table_or_a_sentence_makes_can_be_made() -> None:
+    made = []
+    for page in PAGES:
+        # the first column of a table of where someone comes from holds others' names
+        text = re.sub(r"^\|[^|]*\|", "|", page.read_text(), flags=re.M) if page.stem == "from" else page.read_text()
+        for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
+            for call, name in re.findall(r"\b(([A-Z]\w+)\([^()]*\))", code):
+                if isinstance(kind := getattr(plait, name, None), type):
+                    made.append(eval(call, {name: kind}))  # raises for a field that it has not
+    assert len(made) >= 15
 
 
 def test_every_key_named_in_how_to_choose_is_in_the_catalogue() -> None:
