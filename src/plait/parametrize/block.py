@@ -69,7 +69,8 @@ class Bone(Adapter):
     "affine" is guided by the frozen weight and forms the weight at each step; "shared" does not. The definitions are
     those that peft and its conversion script for Bone carry out; the paper's own text could not be read for this.
 
-    rank: the side r of a block; "affine" needs both sides of the weight to be multiples of it.
+    rank: the side r of a block; "affine" needs both sides of the weight to be multiples of it. Raises BadInput for
+    sides that are no such multiples, and for a rank above a layer's inputs.
 
     >>> model = nn.Sequential(nn.Linear(8, 4))
     >>> Bone(rank=2).parametrize(model)

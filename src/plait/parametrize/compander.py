@@ -43,7 +43,8 @@ class WeightCompander(Parametrize):
     learned. The arctangent is from memory of the paper; the start, `bound`, `expansion` and one pair of scalars for
     each layer are choices made here, so figures of the paper are not to be expected of the defaults.
 
-    bound > 1; expansion > 0, above 1 to expand.
+    bound > 1; expansion > 0, above 1 to expand. Raises BadInput for a bound of at most 1, for layers that have
+    adapters, and for weights that layers share.
 
     >>> model = nn.Sequential(nn.Linear(3, 2))
     >>> WeightCompander().parametrize(model)

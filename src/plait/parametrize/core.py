@@ -64,7 +64,7 @@ class LoRAXS(Adapter):
     singular values stand with B. Large matrices are decomposed by a seeded sketch.
 
     rank: at most min(out, in). alpha: numerator of the scale. deviation: of R's start, at least 0; 0 starts exactly
-    at W, and R has a gradient there all the same.
+    at W, and R has a gradient there all the same. Raises BadInput for a rank above the smaller side of a target.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> LoRAXS(rank=2).parametrize(model)

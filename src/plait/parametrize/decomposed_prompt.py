@@ -70,7 +70,8 @@ class EPT(PromptMethod):
     formed is chosen here. Fusion, spaces and gate amount to one F for all texts, which the prompt's `flat` gives.
 
     tokens: of the short prompt. reach: how many tokens of a text the low-rank one is added to, counted from its first;
-    padding is not counted. rank: of it. spaces, width: of the projections.
+    padding is not counted. rank: of it. spaces, width: of the projections. Raises BadInput for models that are no
+    encoder or decoder of transformers, for a `where`, and for words that are none of its tokens.
 
     >>> from plait.models.small import llama_tiny
     >>> model = llama_tiny()

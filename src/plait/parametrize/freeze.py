@@ -121,7 +121,8 @@ class Freeze(Method):
 class BitFit(Freeze):
     """W stays, b is trained: every weight but the biases is frozen, and what is new with the task.
 
-    where: among which layers' weights. keep: what else is trained; the default is every bias.
+    where: among which layers' weights. keep: what else is trained; the default is every bias. Raises BadInput where
+    `keep` matches no weight, as in a model without biases, and where nothing, or every weight, would be frozen.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 1, bias=False))
     >>> BitFit().parametrize(model)

@@ -93,7 +93,8 @@ class Compacter(Adapter):
     where: the layers behind which one is put; by default the last of each attention and feed-forward part, by the names
     of transformers ("down_proj|fc2|..." is Compacter++, behind feed-forward parts alone). factors: n, which divides
     `width` and each target's outputs. width: units between H_1 and H_2. train: what else is trained; with the authors
-    the norms are, as in `train=".*norm.*"`.
+    the norms are, as in `train=".*norm.*"`. Raises BadInput for `factors` that do not divide the width or a target's
+    outputs, and beside Fold, Requantize and MagnitudePruning.
 
     >>> model = nn.ModuleDict({"o_proj": nn.Linear(6, 8), "down_proj": nn.Linear(6, 8)})
     >>> Compacter(factors=2, width=4).parametrize(model)

@@ -133,7 +133,9 @@ class IAPT(PromptMethod):
     generation the prompt is written once, when the text is first read. The paper's text could not be read: the parts
     are those of its abstract, their order and sizes are chosen here.
 
-    tokens: soft tokens. width: of the bottleneck. until: tokens, one after the other, that every text has.
+    tokens: soft tokens. width: of the bottleneck. until: tokens, one after the other, that every text has. Raises
+    BadInput for models that are no encoder or decoder of transformers, for a language model without `until`, and for a
+    text that lacks it.
 
     >>> from plait.models.small import llama_tiny
     >>> model = llama_tiny(outputs=2)

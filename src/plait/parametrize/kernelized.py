@@ -143,7 +143,8 @@ class SNELLA(Adapter):
 
     rank: even, at most min(out, in). scale: s; 0.1 is the authors', for large vision transformers, and more lets small
     networks learn faster. sparsity, decays: in [0, 1). warmup + settle: below 1. period: steps between two
-    allotments.
+    allotments. Raises BadInput for an odd rank or a rank above the smaller side of a target, and for a warmup + settle
+    of 1 or more.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> SNELLA(rank=2).parametrize(model)

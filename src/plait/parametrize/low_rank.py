@@ -243,7 +243,8 @@ class LoRA(Adapter):
     `scaling="rank-stabilized"` uses alpha / sqrt(rank) (rsLoRA, kalajdzievski2023rslora), under which the update's size
     does not shrink as the rank grows.
 
-    rank: rows of A, at most min(out, in). alpha: the numerator of the scale.
+    rank: rows of A, at most min(out, in). alpha: the numerator of the scale. Raises BadInput for a rank above the
+    smaller side of a target, and for layers named in `where` that are no linear maps.
 
     >>> model = nn.Sequential(nn.Linear(4, 4))
     >>> LoRA(rank=2).parametrize(model)
@@ -346,7 +347,8 @@ def DoRA(
     """W' = m * (W + s B A) / |W + s B A|, with m [out] = |W| and B = 0 at the start: direction and length of each row
     are trained apart. The norm is a constant in the backward pass, as the paper proposes in its section 4.3.
 
-    Returns [LoRA, Magnitude]; a start (PiSSA, EVA, ...) stands after them. Fields: see LoRA.
+    Returns [LoRA, Magnitude]; a start (PiSSA, EVA, ...) stands after them. Fields: see LoRA. Raises BadInput where LoRA
+    does, as for a rank above the smaller side of a target.
 
     >>> model = nn.Sequential(nn.Linear(4, 4, bias=False))
     >>> for part in DoRA(rank=2):

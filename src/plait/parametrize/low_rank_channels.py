@@ -82,7 +82,9 @@ class LOST(FromScratch):
     rank: at most min(out, in). share: in (0, 1). density: in (0, 1), the share of its inputs (a convolution's channels,
     an embedding's tokens) that S has, at least one. It stands first in the list. Written from the abstract and the
     reviews of the paper, which tell the equation; defaults are ours. The paper's function between A and B is left out:
-    with it the layer would be no linear map, and could not be folded.
+    with it the layer would be no linear map, and could not be folded. Raises BadInput for a rank above the smaller side
+    of a target, a share or density outside (0, 1), a density that leaves a layer no input, layers that have adapters,
+    and weights that layers share.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> LOST(rank=2, density=0.34).parametrize(model)

@@ -50,7 +50,8 @@ class LoRADropout(LoRA):
 
     The masks of a pass are the same for all its examples. The division keeps the mean at LoRA's update, so that starts
     and folding stay exact; the paper has none, which amounts to another scale. p in [0, 1). members: draws of the
-    ensemble at test time, 0 for the mean weights. Other fields as LoRA's.
+    ensemble at test time, 0 for the mean weights. Other fields as LoRA's. Raises BadInput for `members` while p is 0,
+    and for a rank above the smaller side of a target.
 
     >>> model = nn.Sequential(nn.Linear(4, 4))
     >>> LoRADropout(rank=2, p=0.5).parametrize(model)

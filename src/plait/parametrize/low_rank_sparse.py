@@ -87,6 +87,8 @@ class SLTrain(FromScratch):
     rank: at most min(out, in). alpha: numerator of the scale. density: in (0, 1), a share of each matrix that is at
     least one entry. `where=".*"` leaves out layers that are new, and a transformers model's embeddings and output
     layer. It stands first in the list. Written from the authors' code and a summary of the paper with its equations.
+    Raises BadInput for a rank above the smaller side of a target, a density that leaves a matrix no entry, layers that
+    have adapters, and weights that layers share.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> SLTrain(rank=2, density=0.25).parametrize(model)

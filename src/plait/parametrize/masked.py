@@ -90,7 +90,8 @@ class RAMT(Adapter):
     without masks too, in evaluation mode, and goes back through the masked one twice. n entries cost n numbers that are
     trained and n places. For outputs that are logits of classes.
 
-    drop: l, in [0, 1]; 0 is mask tuning without regularization. threshold: below start.
+    drop: l, in [0, 1]; 0 is mask tuning without regularization. threshold: below start. Raises BadInput for another
+    threshold, a share that leaves a matrix no entry, and, unless drop is 0, for outputs that are no logits of classes.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> RAMT(share=0.5).parametrize(model)

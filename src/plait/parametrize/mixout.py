@@ -52,7 +52,8 @@ class Mixout(Parametrize):
     together, as in the paper), "weights" for each weight. The gradient is that of the equation, M / (1 - p): the
     published code leaves the 1 / (1 - p) out of its backward pass. Keeps a copy of each weight.
 
-    `where=".*"` leaves out layers that are new with the task: they have no pretrained weight.
+    `where=".*"` leaves out layers that are new with the task: they have no pretrained weight. Raises BadInput where
+    none of its weights is trained.
 
     >>> model = nn.Sequential(nn.Linear(3, 2, bias=False))
     >>> Mixout(p=0.5).parametrize(model)

@@ -69,7 +69,8 @@ class DiffoRA(Adapter):
     Written from the abstract, which tells relaxation, discretization and weight sharing but not these formulas: that
     the sigmoid relaxes, how u is stepped, and what is shared, are ours. It needs a validation set.
 
-    rank: at most min(out, in). ratio, search: in (0, 1). lr: of u.
+    rank: at most min(out, in). ratio, search: in (0, 1). lr: of u. Raises BadInput for a rank or shared_rank above the
+    smaller side of a target, a ratio that takes all modules, and without a validation set.
 
     >>> model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
     >>> DiffoRA(rank=2, shared_rank=1).parametrize(model)

@@ -110,7 +110,9 @@ class DSEE(Adapter):
     500, in place of the adapter's, and prunes the layers that have no adapter by |W|; here none but targets are pruned.
 
     rank: at most min(out, in). alpha: numerator of the scale, of B A and S alike. entries: of S in each matrix.
-    sparsity: in [0, 1); 0 prunes nothing. at: in [0, 1]. where: the authors take queries and values.
+    sparsity: in [0, 1); 0 prunes nothing. at: in [0, 1]. where: the authors take queries and values. Raises BadInput
+    for a rank above the smaller side of a target, for more entries than a matrix has, and for heads that do not divide
+    its outputs or of which the sparsity prunes none.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> DSEE(rank=2, entries=3).parametrize(model)

@@ -31,7 +31,8 @@ class QKNorm(Method):
     It changes the function of a model, so it is for training from scratch (or with its gains trained along). The norms
     stand beside the projections, as `q_proj.qk_norm`, and stay in the model that comes out: load its weights into a
     model that was given QKNorm too. where: the attention layers, with separate projections q_proj and k_proj, or query
-    and key (most of transformers); a fused projection is refused.
+    and key (most of transformers); a fused projection is refused. Raises BadInput where no attention has separate ones,
+    and where it has the norms already.
 
     >>> from plait.models.small import llama_tiny
     >>> model = llama_tiny(depth=1)

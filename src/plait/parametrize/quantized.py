@@ -129,7 +129,8 @@ def QLoRA(
     """y = dequantize(W_nf4) x + (alpha / rank) B A x: LoRA on a frozen base of 4 bits whose scales take 8.
 
     Returns [Quantize, LoRA]; a start (LoftQ, PiSSA, ...) stands after them. Fields: see the two. Paged optimizer states
-    are no part of it: `states="8bit"` of the optimizer makes an adapter's small states smaller still.
+    are no part of it: `states="8bit"` of the optimizer makes an adapter's small states smaller still. Raises BadInput
+    for "nf4" with 8 bits, weights that are quantized already, and a rank above the smaller side of a target.
 
     >>> model = nn.Sequential(nn.Linear(64, 4))
     >>> for part in QLoRA(rank=2):

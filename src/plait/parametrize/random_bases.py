@@ -123,7 +123,7 @@ class RandLoRA(Adapter):
     FEWER. A stands once, the B_j are each their own; layers of the same size share them, and they are drawn anew from
     `seed`, not saved. Base j goes with row j of l and g throughout (peft's flattening pairs them otherwise), and the
     bases are float32 (bfloat16 there). With many tokens in a batch the weight is formed at each step: n * rank is
-    no less than its smaller side.
+    no less than its smaller side. Raises BadInput for a rank above the smaller side of a target.
 
     >>> model = nn.Sequential(nn.Linear(6, 8))
     >>> RandLoRA(rank=3).parametrize(model)

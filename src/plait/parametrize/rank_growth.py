@@ -78,7 +78,8 @@ class TriAdaptLoRA(Adapter):
     an implementation that cites the paper.
 
     first: rank at the start. rank: mean rank in the end, at most min(out, in). most: highest rank of one weight, at
-    most min(out, in) of it. alpha: numerator of the scale.
+    most min(out, in) of it. alpha: numerator of the scale. Raises BadInput unless first < rank <= most, and for a rank
+    above the smaller side of a target.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> TriAdaptLoRA(rank=2, most=3).parametrize(model)

@@ -53,7 +53,8 @@ class ALLoRA(Adapter):
     not depend on the gradient's size, such as Adam, undoes constant factors and sees only their change). Of the paper
     only the abstract could be read; the formula is that of a third party's optimizer which cites it.
 
-    rank: rows of A, at most min(out, in). eta: the factor of a row of zeros; larger than 0.
+    rank: rows of A, at most min(out, in). eta: the factor of a row of zeros; larger than 0. Raises BadInput for a rank
+    above the smaller side of a target.
 
     >>> model = nn.Sequential(nn.Linear(4, 4))
     >>> ALLoRA(rank=2).parametrize(model)

@@ -76,7 +76,8 @@ def IA3(
     the keys, the values and the inner activations of each feed-forward block.
 
     outputs, inputs: names of the layers whose outputs, whose inputs are scaled; the defaults fit Llama, BERT, ViT, OPT
-    and T5. A bias is scaled with its output, as in peft.
+    and T5. A bias is scaled with its output, as in peft. Raises BadInput where `outputs` or `inputs` matches no linear
+    map.
 
     >>> model = nn.ModuleDict({"k_proj": nn.Linear(3, 2), "fc2": nn.Linear(4, 3)})
     >>> for part in IA3():

@@ -62,7 +62,8 @@ class Hydra(Adapter):
     folded into its own.
 
     rank: of each of the two branches, at most min(out, in); LoRA of twice that rank trains as much where out = in.
-    scale: s, above 0; the factor itself, not a numerator.
+    scale: s, above 0; the factor itself, not a numerator. Raises BadInput for a rank above the smaller side of a
+    target.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> Hydra(rank=2).parametrize(model)

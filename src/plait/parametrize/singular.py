@@ -73,7 +73,8 @@ class SORSA(Adapter):
 
     strength: at least 0. The paper steps by -lr grad L - gamma grad (the sum above), so strength = gamma / lr. Its code
     takes the mean over the 2n factors of n adapters in place of the sum: our strength is its gamma / (2 n lr), which
-    for its Llama 2 7B (gamma 4e-4, lr 3e-5, n = 224) is the default.
+    for its Llama 2 7B (gamma 4e-4, lr 3e-5, n = 224) is the default. Raises BadInput for a rank above the smaller side
+    of a target, and for weights that layers share.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> SORSA(rank=2).parametrize(model)
@@ -147,7 +148,8 @@ class SVFit(Adapter):
     base's checkpoint stays valid; weight decay draws S to 0 as in the first form. Large matrices are decomposed by a
     seeded sketch. Written from the abstract and summaries of the paper.
 
-    rank: at most min(out, in). The learning rate is in units of singular values: larger than LoRA's.
+    rank: at most min(out, in). The learning rate is in units of singular values: larger than LoRA's. Raises BadInput
+    for a rank above the smaller side of a target.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> SVFit(rank=3).parametrize(model)

@@ -71,6 +71,8 @@ class SpIEL(Adapter):
     first step counts the first process' share alone.
 
     density: in (0, 1], at least one entry a matrix. every: at least `estimate`. rate: in [0, 1]. where: as for LoRA.
+    Raises BadInput for a density that leaves a matrix no entry, and, unless growth is "none", for an `every` below
+    `estimate`.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> SpIEL(density=0.25).parametrize(model)

@@ -76,6 +76,7 @@ class SaRA(Adapter):
 
     share: in (0, 1); the paper finds the smallest 0.1 to 0.2 of the weights to matter least. threshold: above 0 in
     place of a share; 0 for none. strength: at least 0. stages: 1 never closes an entry, 2 selects again once half-way.
+    Raises BadInput for a threshold below all weights of the targets.
 
     >>> model = nn.Sequential(nn.Linear(6, 5))
     >>> SaRA(share=0.2).parametrize(model)
