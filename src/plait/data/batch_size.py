@@ -33,7 +33,8 @@ class AdaptiveBatchSize(Method):
     examples); as many pieces as examples are the paper's own estimate. It costs one pass over the batch, as
     accumulation does, and for "inner-product" the memory of `pieces` gradients. tolerance: eta or theta of the paper.
     Place it before other gradient methods. A grown batch is worked through in more micro-batches, no larger than
-    before, and since a run has its number of steps, not of examples, steps then take longer.
+    before, and since a run has its number of steps, not of examples, steps then take longer. Raises BadInput for fewer
+    than 2 pieces, and beside FullBatch.
 
     Inner products are those of all weights together, as in the equations; the authors' code adds up one per weight.
 

@@ -30,7 +30,8 @@ class MultiplicativeNoise(Data):
     The misfit keeps its value, and its gradient is multiplied; terms that later methods add are not. One z for each
     example of a step: a second question at the same step has the same.
 
-    ratio: the batch against the small one, at least 1; 1 is the plain gradient.
+    ratio: the batch against the small one, at least 1; 1 is the plain gradient. Raises BadInput for a smaller ratio,
+    and in a run for 1, which changes nothing.
 
     >>> MultiplicativeNoise(ratio=5.0).sigma
     2.0

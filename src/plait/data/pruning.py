@@ -108,7 +108,7 @@ class DataDiet(Data):
 
     keep: in (0, 1], 1 is identity. skip_hardest: in [0, 1), a part with the highest scores to leave out too, for labels
     that are wrong. epoch: when to score, 0 before the first step; a run that ends before is refused. score: "el2n" or
-    "grand".
+    "grand". Raises BadInput for a run that ends before it scores, and where keep + skip_hardest is above 1.
 
     >>> now = Now(epoch=1)
     >>> diet = DataDiet(keep=0.5)

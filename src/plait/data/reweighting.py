@@ -42,7 +42,8 @@ class LossReweighting(Data):
     processes, the range and the softmax are of each part (the authors gather them over processes).
 
     temperature: greater than 0; the larger, the more uniform (the authors begin high, so that losses mean something
-    first, then lower it: `Linear(start=100, end=1, until=0.1)`).
+    first, then lower it: `Linear(start=100, end=1, until=0.1)`). Raises BadInput for a temperature that is not above 0,
+    and for another strategy.
 
     >>> weighted = LossReweighting().loss(lambda output, target, now: output)
     >>> weighted(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0, 0, 0]), Now())

@@ -57,7 +57,8 @@ class TLM(Forward):
     attend to padding; here what the model itself forbids (padding, the future) stays forbidden. Acts in training only;
     encoders and decoders of transformers with "eager" or "sdpa" attention. Cost: one mask [n, 1, T, T] per layer.
 
-    rate: in [0, 1), or a schedule; 0 is the plain model. where: the attention layers.
+    rate: in [0, 1), or a schedule; 0 is the plain model. where: the attention layers. Raises BadInput where no
+    attention of transformers matches, and where it is neither "eager" nor "sdpa".
 
     >>> TLM(rate=0.2, strategy="self")
     TLM(rate=0.2, strategy='self')

@@ -99,7 +99,8 @@ class Dropout(Drops):
     """x -> keep / (1 - rate) * x, keep ~ Bernoulli(1 - rate) for each entry, while training.
 
     The model's own dropout layers get the rate, at each pass; other layers that `where` names get a dropout at their
-    output, of any shape. rate: in [0, 1); it may be a schedule, or tuned, for each layer too.
+    output, of any shape. rate: in [0, 1); it may be a schedule, or tuned, for each layer too. Raises BadInput where the
+    model has no dropout layer and `where` names none to drop from.
 
     >>> Dropout(rate=0.3).rate_at(0, Now())
     0.3
@@ -129,7 +130,8 @@ class EarlyDropout(Drops):
     1 / (1 - p) otherwise; a block maps a tensor, or a tuple's first, to one of the same shape.
 
     rate: in [0, 1), 0.1 in the paper. cutoff: in [0, 1], 50 of 300 epochs there. After the run dropout layers stay at
-    the last rate.
+    the last rate. Raises BadInput where there is no dropout layer and `where` names none to drop from, and for blocks
+    that `where` does not name or that change the shape.
 
     >>> EarlyDropout(rate=0.4, cutoff=0.5).schedule.at(0.25)
     0.2

@@ -60,7 +60,8 @@ class GhostBatchNorm(Forward):
     2 size is one part. Micro-batches that are multiples of `size` give exactly the whole batch's outputs. On several
     processes each has parts of its own; SyncBatchNorm is not synchronized over them in training.
 
-    size: 128 in the paper's experiments. where: the batch norms, of any number of dimensions.
+    size: 128 in the paper's experiments. where: the batch norms, of any number of dimensions. Raises BadInput where no
+    batch norm matches.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1, affine=False))
     >>> GhostBatchNorm(size=2).forward(model, Now())

@@ -59,7 +59,8 @@ def GGPrior(
     Returns [GGInit, BackSlash, DeepShape, RF8], without what is switched off: see each for its equation. scratch: False
     for a pretrained model, whose weights are kept. reshape: a shape below that which training ends with, or None for
     no DeepShape. exponent: bits of RF8's exponent, or None for no RF8. strength: a number or a schedule. gain: as for
-    GGInit. where: the layers.
+    GGInit. where: the layers. Raises BadInput for numbers that these refuse, and, unless scratch is False, beside
+    adapters.
 
     >>> GGPrior(reshape=1.2)
     [GGInit(), BackSlash(strength=1.0), DeepShape(shape=1.2), RF8()]

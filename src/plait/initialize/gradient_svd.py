@@ -198,6 +198,7 @@ class LocallyOptimal(GradientStart):
 
     size: greater than 0, the Frobenius norm of the update. batches, rounds: as for LoRAGA. Where G is of a lower rank
     than 2r, V's vectors are taken from the first on again; where it is below r, the columns of B that are left are 0.
+    Raises BadInput without LoRA adapters, where no gradient arrives, and for weights that layers share.
 
     >>> from plait import LoRA, train
     >>> x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
@@ -243,7 +244,8 @@ class LoRAOne(GradientStart):
 
     gamma: greater than 0; the larger, the shorter the first step. precondition: off by default, as in the released
     code; Adam rescales what it gives, plain gradient descent does not. damping: of the preconditioner, at least 0.
-    batches, rounds: as for LoRAGA. Put it after methods that clip, so that what they see is the plain gradient.
+    batches, rounds: as for LoRAGA. Put it after methods that clip, so that what they see is the plain gradient. Raises
+    BadInput without LoRA adapters, where no gradient arrives, and for weights that layers share.
 
     >>> from plait import LoRA, train
     >>> x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))

@@ -21,6 +21,7 @@ class OLoRA(Start):
 
     The columns of B are orthonormal. As in peft the factors are not divided by the scale, so at scale s the part
     s Q_r R_r is moved. The function is the base model's, up to rounding. Signs are those with a positive diagonal of R.
+    Raises BadInput without LoRA adapters before it, and for weights that layers share.
 
     >>> from plait import LoRA
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))

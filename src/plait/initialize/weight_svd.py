@@ -23,7 +23,8 @@ class PiSSA(Start):
     twice the rank.
 
     iterations: of the sketched decomposition, at least 1; None for the exact one. With 3, the residual of
-    SmolLM2-135M's weights at rank 16 is 0.5 % above the smallest possible one.
+    SmolLM2-135M's weights at rank 16 is 0.5 % above the smallest possible one. Raises BadInput without LoRA adapters
+    before it, and for weights that layers share.
 
     >>> from plait import LoRA
     >>> import torch

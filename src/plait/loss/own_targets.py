@@ -27,7 +27,8 @@ class ELR(AddedTerm):
     clamp of p does. In several processes each remembers what it has seen itself.
 
     z: logits [n, classes], target [n]; `now.batch.index` [n] says which examples they are. Returns [n]. strength: at
-    least 0 (the authors: 3 for 10 classes, 7 for 100). decay: in [0, 1) (0.7; 0.9).
+    least 0 (the authors: 3 for 10 classes, 7 for 100). decay: in [0, 1) (0.7; 0.9). Raises BadInput for outputs of
+    another shape, for regression, and where `now.batch` is not the batch of these targets.
 
     >>> from plait.batch import Batch
     >>> now = Now(batch=Batch.of(torch.zeros(1, 2), torch.tensor([0])))

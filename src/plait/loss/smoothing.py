@@ -24,7 +24,8 @@ class LabelSmoothing(AddedTerm):
     """+ smoothing * (z_target - mean_k z_k): the cross entropy with (1 - smoothing) onehot + smoothing / classes.
 
     z: logits [..., classes]; target [...], or [..., classes] of probabilities q, for which z_target is <q, z>. Returns
-    one value for each target. smoothing: in [0, 1]; 0 is the plain misfit.
+    one value for each target. smoothing: in [0, 1]; 0 is the plain misfit. Raises BadInput for outputs that are no
+    logits of classes, and for targets that do not fit them.
 
     >>> import torch
     >>> LabelSmoothing(smoothing=0.2)(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
@@ -44,7 +45,8 @@ def tsla(smoothing: float = 0.1, until: float = 0.5) -> list[Method]:
     """+ smoothing * (z_target - mean_k z_k) before `until` of the run, nothing from there on: two-stage smoothing.
 
     smoothing: of the first stage, in [0, 1]. until: the part of the run, in (0, 1), at which smoothing is dropped; the
-    paper gives it in epochs and finds it by search. Returns [LabelSmoothing] with a schedule.
+    paper gives it in epochs and finds it by search. Returns [LabelSmoothing] with a schedule. Raises BadInput for
+    values outside these ranges.
 
     >>> tsla(0.2, until=0.7)
     [LabelSmoothing(smoothing=Switch(first=0.2, then=0.0, at_progress=0.7))]
@@ -84,7 +86,8 @@ class ZLoss(AddedTerm):
     """+ strength * (log sum_k exp z_k)^2: keeps the softmax's normalizer Z near 1, so that logits do not drift.
 
     (The "z-loss" of PaLM; the Z-loss of the spherical family is another loss.) z: logits [..., classes]; returns the
-    shape of the target. strength: at least 0.
+    shape of the target. strength: at least 0. Raises BadInput for outputs that are no logits of classes, and for
+    targets that do not fit them.
 
     >>> import torch
     >>> ZLoss(strength=0.5)(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))

@@ -99,7 +99,9 @@ class SMART(Penalty):
     the published projection holds. Dropout is drawn anew in each pass; running statistics stay as they are.
 
     strength, proximal: 1 in the paper, at least 0. radius, noise: 1e-5 there, for embeddings. step: 1e-3 there.
-    decay: in [0, 1), 0.99 for the first tenth of the run, 0.999 after.
+    decay: in [0, 1), 0.99 for the first tenth of the run, 0.999 after. Raises BadInput where inputs are not real and
+    there are no embeddings, for a `where` that names no layer that the model runs, and for an output that is not one
+    tensor.
 
     >>> symmetric_kl(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0])) > 0
     tensor(True)

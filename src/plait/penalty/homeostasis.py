@@ -23,7 +23,8 @@ class JacobianHomeostasis(Penalty):
     never J itself. The state is a constant, as in the authors' code; the diagonal of J (the leak), which is symmetric
     and only adds noise, is left out. Symmetric weights are not demanded: J may be symmetric without them.
 
-    strength: at least 0 (0.1 to 1 for small perceptrons in the authors' runs, 10 to 15 for convolutions).
+    strength: at least 0 (0.1 to 1 for small perceptrons in the authors' runs, 10 to 15 for convolutions). Raises
+    BadInput where no equilibrium layer matches.
 
     >>> from plait.math.equilibrium import LayeredEquilibrium
     >>> layer, now = LayeredEquilibrium(3, (4, 2), symmetric=True), Now()

@@ -17,6 +17,8 @@ from plait.penalty.base import WeightPenalty
 class L2(WeightPenalty):
     """1/2 |W|_F^2 of each weight. Unlike AdamW's decay it is part of the objective, and no bias or norm is touched.
 
+    Raises BadInput where no linear map matches.
+
     >>> L2(strength=1.0).value(torch.tensor([[3.0, 4.0]]))
     tensor(12.5000)
     """
@@ -35,7 +37,8 @@ class L2(WeightPenalty):
 class L2SP(WeightPenalty):
     """1/2 |W - W_0|_F^2, where W_0 is the weight that training started from (in the original: the pretrained one).
 
-    The start is kept in memory once: a copy of every weight that is trained.
+    The start is kept in memory once: a copy of every weight that is trained. Raises BadInput where no linear map
+    matches.
 
     >>> model, now = nn.Linear(2, 1), Now()
     >>> L2SP(strength=1.0).penalty(model, now).item()
@@ -58,7 +61,8 @@ class L2SP(WeightPenalty):
 class NormLoss(WeightPenalty):
     """sum_i (1 - |w_i|_2)^2 over the rows w_i of W [out, in * kernel]: each neuron is drawn to the unit sphere.
 
-    A soft constraint to the oblique manifold {W : diag(W W^T) = 1}. strength: 0.01 in the paper.
+    A soft constraint to the oblique manifold {W : diag(W W^T) = 1}. strength: 0.01 in the paper. Raises BadInput where
+    no linear map matches.
 
     >>> NormLoss().value(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor(16.)

@@ -36,7 +36,8 @@ class GOR(WeightPenalty):
     Cost: the Gram matrices of the sets, in all 1/G (within) or G/out (across) of those of all filters.
 
     groups: how many at most. smallest: filters that a group has at least; the largest divisor of `out` that obeys both
-    is taken (the authors stop with an error where min(groups, out / smallest) is no divisor).
+    is taken (the authors stop with an error where min(groups, out / smallest) is no divisor). Raises BadInput where no
+    linear map matches.
 
     >>> import torch
     >>> GOR(groups=2, smallest=1, sets="across").value(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]))

@@ -40,7 +40,8 @@ class SpectralRegularization(WeightPenalty):
     W_l: weights as [out, in * kernel]; gamma_l: gains of normalization layers, whose map diag(gamma) has the largest
     singular value max|gamma|; b_l: biases, which start at 0. sigma_max is u^T W v after `iterations` of the power
     method, from the vectors of the step before (15 at the first); its gradient u v^T is exact at the limit.
-    Two products with W per iteration and two more for the value: memory bound, nothing is decomposed.
+    Two products with W per iteration and two more for the value: memory bound, nothing is decomposed. Raises BadInput
+    where no linear map matches.
 
     The paper's full text was not at hand: the term of the weights agrees with a summary of it; the terms of gains and
     biases, and the range of strengths (1e-5 to 1e-2, with k = 2), are from memory and to be checked.
@@ -92,7 +93,7 @@ class WassersteinToStart(WeightPenalty):
     that it started with.
 
     Weights may permute freely: only their distribution is held, which regularizing towards the start itself does not
-    allow. The sorted start is kept in memory, one copy of what is trained.
+    allow. The sorted start is kept in memory, one copy of what is trained. Raises BadInput where no linear map matches.
 
     >>> model, now = nn.Linear(3, 1), Now()
     >>> penalty = WassersteinToStart(strength=1.0)
