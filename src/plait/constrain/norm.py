@@ -23,7 +23,8 @@ class LAWN(Constraint):
     the rescaling alone gives the same weight up to the square of the step. A weight that is 0 is left free.
 
     warmup: part of the run that is trained freely, in [0, 1]. where: the layers of the final homogeneous network, in
-    the original: those after the last normalization or embedding that scales by itself.
+    the original: those after the last normalization or embedding that scales by itself. Raises BadInput where no linear
+    map matches, and where none that does is trained.
 
     The paper's full text was not at hand: what is said here of the original is from memory and to be checked.
 

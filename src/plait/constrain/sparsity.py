@@ -26,7 +26,8 @@ class NMMask(Constraint):
     channels, for each position of the kernel. Until `fixed_from` of the run the mask is chosen anew after each step, so
     that a weight which grows comes back; from there on it is fixed, and kept in memory.
 
-    n, m: 1 <= n < m. where: by default all linear layers whose inputs divide by m.
+    n, m: 1 <= n < m. where: by default all linear layers whose inputs divide by m. Raises BadInput for other n and m,
+    where no layer divides so, and where none that does is trained.
 
     >>> NMMask(n=1, m=2).project(torch.tensor([[1.0, -3.0, 2.0, 0.5]]))
     tensor([[ 0., -3.,  2.,  0.]])

@@ -83,7 +83,8 @@ class SWA(Average):
 
     Izmailov et al.'s stochastic weight averaging; Polyak & Juditsky's average with begin=0. The rate should stay large
     enough that the weights move: constant from `begin` on, or a cosine of as many cycles as its ends are averaged, with
-    `every` the steps of a cycle. See `Average`.
+    `every` the steps of a cycle. See `Average`. Raises BadInput after Fold, and before another average of the same
+    weights.
 
     >>> method, model, now = SWA(begin=0.0), nn.Linear(1, 1, bias=False), Now(steps=3)
     >>> for now.step, weight in enumerate((1.0, 2.0, 6.0)):
@@ -107,6 +108,7 @@ class EMA(Average):
 
     The exponential moving average of the weights, without the long memory of where training started. decay: in [0, 1).
     Over the last 1 / (1 - decay) steps the average follows; it wants a smaller decay in a short run. See `Average`.
+    Raises BadInput after Fold, before another average of the same weights, and in a run for a decay of 0.
 
     >>> method, model, now = EMA(decay=0.5), nn.Linear(1, 1, bias=False), Now(steps=3)
     >>> for now.step, weight in enumerate((1.0, 3.0, 6.0)):

@@ -17,7 +17,8 @@ class Fold(Method):
     """W <- dense(W): each layer's weight becomes what its adapters make of it, and the adapters are removed.
 
     The folded model gives the same output as the adapted one, to rounding (relative 1e-5 in float32), and costs what
-    the model cost before it was adapted.
+    the model cost before it was adapted. Raises BadInput where there is no adapter, beside soft prompts, and for
+    adapters that no weight can hold, as Compacter's.
 
     >>> from plait.parametrize.low_rank import LoRA
     >>> model = nn.Sequential(nn.Linear(4, 4))

@@ -60,7 +60,8 @@ class DeepShape(Rewrite):
     technique over all weights with steps of a quantizer; here it goes layer by layer and without a quantizer, which
     RF8 is, after it.
 
-    shape: greater than 0 (1.5 lies between the Gaussian, 2, and the Laplace distribution, 1). amount: in [0, 1].
+    shape: greater than 0 (1.5 lies between the Gaussian, 2, and the Laplace distribution, 1). amount: in [0, 1]. Raises
+    BadInput for numbers outside these ranges, and where no linear map matches.
 
     >>> layer = nn.Linear(1, 3, bias=False)
     >>> with torch.no_grad():
@@ -94,7 +95,7 @@ class RF8(Rewrite):
     The paper's abstract says what the format is for, and no more could be read: the layout is ours.
 
     exponent: e, 2 to 6. Since the range is fitted, 3 does for most weights; those that spread over many sizes (small
-    shapes) need more.
+    shapes) need more. Raises BadInput for another exponent, and where no linear map matches.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> with torch.no_grad():

@@ -17,7 +17,7 @@ class Clip(Gradient):
     """g <- g * min(1, norm / |g|_2), with |g| over all parameters that `where` names together.
 
     The direction is kept. It stands after what changes the gradient and before what must see it clipped: the list's
-    order decides. norm: greater than 0.
+    order decides. norm: greater than 0. Raises BadInput for another norm, and for a `where` that matches nothing.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> def ask(model, now):

@@ -33,7 +33,8 @@ class EquilibriumPropagation(Gradient):
     nudge: greater than 0, for an example's own loss (0.05 and 0.5 in the paper); the error falls as said only while
     states are analytic in the disc of that size, which shrinks as couplings grow. points: N, 1 to 6 there. where: the
     equilibrium layers (plait.models.equilibrium.EquilibriumNetwork, or any plait.math.equilibrium.Equilibrium). One
-    call; N further relaxations, of which the complex ones come in conjugate pairs. The weights are untouched.
+    call; N further relaxations, of which the complex ones come in conjugate pairs. The weights are untouched. Raises
+    BadInput where no equilibrium layer matches, where nothing in or below one is trained, and beside EGN.
 
     >>> from plait import train
     >>> from plait.models.equilibrium import EquilibriumNetwork

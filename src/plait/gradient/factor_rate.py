@@ -26,7 +26,8 @@ class LoRAPlus(Method):
     the optimizer, the step that it took on B is multiplied by `ratio`, which for rates that multiply the step (all of
     plait's and torch's) is a rate of its own, weight decay included. Clipping sees the gradient, not the step.
 
-    ratio: greater than 0; 1 changes nothing and is refused. where: names of the adapted layers.
+    ratio: greater than 0; 1 changes nothing and is refused. where: names of the adapted layers. Raises BadInput where
+    no LoRA adapter that matches is trained.
 
     >>> from plait import LoRA, SGD, train
     >>> x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))

@@ -51,7 +51,8 @@ def LargeBatch(
     Returns [GhostBatchNorm, MultiplicativeNoise, Clip, SGD], without what is switched off. noise: "rate" scales the
     learning rate; "examples" keeps it and multiplies examples' gradients by noise of variance batch_size / small - 1.
     clip: the largest norm of the gradient, 5 in the authors' code, or None. ghost: False for a model without batch
-    norm. lr: a number or a schedule.
+    norm. lr: a number or a schedule. Raises BadInput for sizes that are no whole numbers of at least 1, a batch_size
+    that is not above small, another `noise`, and numbers that these methods refuse.
 
     >>> LargeBatch(batch_size=512, small=128, lr=0.1)
     [GhostBatchNorm(size=128), Clip(norm=5.0), SGD(lr=0.2)]

@@ -47,7 +47,8 @@ class GradientMaskTuning(Gradient):
     some rank all entries at once, one each parameter apart (and masks each micro-batch, against the equation).
 
     keep: the part of the entries that is used, in (0, 1]; 1 is plain training. over: "parameter" ranks each parameter
-    apart; "model" all that `where` names at once, with a copy of all their gradients.
+    apart; "model" all that `where` names at once, with a copy of all their gradients. Raises BadInput for a keep
+    outside (0, 1], and in a run for a keep of 1.
 
     >>> from plait import train
     >>> x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))

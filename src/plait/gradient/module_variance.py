@@ -52,7 +52,8 @@ class AGVM(Gradient):
     modules: names of modules, as patterns; the first is the anchor, and parameters under none of them are
     left alone. Unless given: the model's children that are trained. momentum: in [0, 1), 0.97; every: 5; warmup: 500
     steps there. adaptive: for Adam and its kin, V is that of g / (sqrt(v) + 1e-8), v the running mean of squares that
-    Adam would have after a step along g, at rate `beta2`; one more copy of the weights.
+    Adam would have after a step along g, at rate `beta2`; one more copy of the weights. Raises BadInput for fewer than
+    two modules that are trained, and for a pattern that names none of its own.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> AGVM().groups(model)

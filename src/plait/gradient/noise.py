@@ -20,7 +20,8 @@ class GradientNoise(Gradient):
     """g_t <- g_t + N(0, sigma_t^2),  sigma_t^2 = variance / (1 + t)^decay, at step t = 0, 1, ...
 
     variance: at least 0 (0.01, 0.3 or 1 in the paper); 0 is the plain gradient. decay: 0.55 there. The noise is drawn
-    from the run's generator, alike on every process.
+    from the run's generator, alike on every process. Raises BadInput for numbers below 0, and in a run for a variance
+    of 0.
 
     >>> GradientNoise(variance=1.0, decay=1.0).sigma(3)
     0.5

@@ -35,6 +35,7 @@ class GradientRegularization(Gradient):
     strength: at least 0, or a schedule; 0 is the plain gradient. ascent: greater than 0. Where the weights are kept in
     bfloat16, e g must be large beside their rounding. 2 calls; 3 where centered. Equations and symbols are those of the
     published abstract and of the definitions as they are commonly quoted; the defaults are no figures of the paper.
+    Raises BadInput for numbers outside these ranges, and in a run for a strength that stays 0.
 
     >>> GradientRegularization(difference="centered").calls
     3
@@ -76,7 +77,7 @@ class Flooding(Gradient):
     difference quotient of the gradient's squared norm over r: flooding is gradient regularization in disguise.
 
     level: any number; training stops to drown there. L is the objective of the whole batch, penalties included, and is
-    returned as it is. One call.
+    returned as it is. One call. Raises BadInput for a level that is not finite, and in a run for a level of 0.
 
     >>> Flooding(level=0.1)
     Flooding(level=0.1)

@@ -59,7 +59,8 @@ class WinsorizedGradient(Gradient):
     teach the last layer, is cut off, and nothing is learned (the published experiments clip 1 to 8 of 100 examples, of
     ten classes). The oracle is asked once, and each example is differentiated once more: n + 1 backward passes a step,
     and memory for n gradients. Meant for small models and adapters, without batch norm. Stands before all other
-    gradient methods.
+    gradient methods. Raises BadInput for another percentile, behind another gradient method, for a model with batch
+    norm, and for weights that are sharded over processes.
 
     >>> WinsorizedGradient(percentile=5.0)
     WinsorizedGradient(percentile=5.0)

@@ -24,6 +24,7 @@ class SAM(Gradient):
     """grad L(w + radius * g / |g|_2),  g = grad L(w): the gradient at the worst weights in a ball, to first order.
 
     radius: at least 0, or a schedule; 0 is the plain gradient. |g| is over all parameters that `where` names. 2 calls.
+    Raises BadInput for a radius below 0, and in a run for one that stays 0.
 
     >>> SAM(radius=0.1).calls
     2
@@ -55,7 +56,8 @@ class AMP(Gradient):
     bounds each tensor by itself, which is what the authors' code does.
 
     radius: at least 0, or a schedule (0.5 in the paper, for convolutional networks); 0 is the plain gradient. rate: the
-    inner learning rate, 1 there. ascents: 1 there. 1 + ascents calls.
+    inner learning rate, 1 there. ascents: 1 there. 1 + ascents calls. Raises BadInput for a radius below 0, a rate that
+    is not above 0, ascents below 1, and another ball.
 
     >>> AMP(ascents=2).calls
     3
@@ -103,7 +105,8 @@ class GAM(Gradient):
     of the gradients off the other two, with four weights of its own); here the published update is made.
 
     strength, radius: at least 0; 0 is the plain gradient (their values here are no figures of the paper; the authors'
-    code takes a radius of 0.2 for small images). difference: greater than 0, 0.02 to 0.04 there.
+    code takes a radius of 0.2 for small images). difference: greater than 0, 0.02 to 0.04 there. Raises BadInput for
+    numbers outside these ranges, and in a run for a strength that stays 0.
 
     >>> GAM().calls
     4

@@ -25,7 +25,7 @@ class LogitNormalization(Method):
     sharing the rest as before: the predicted class stays, and thresholds and risk-coverage curves see the new ranking.
     They are no calibrated probabilities.
 
-    p: greater than 0; the paper chooses it on a validation set, as `tuned` does.
+    p: greater than 0; the paper chooses it on a validation set, as `tuned` does. Raises BadInput for another p.
 
     >>> LogitNormalization(p=2.0).confidence(torch.tensor([[2.0, 0.0, 1.0], [1.0, 1.0, 1.0]]))
     tensor([0.7071, 0.0000])
