@@ -21,7 +21,8 @@ class AdaGrad(Rule):
     """s <- s + g^2; w <- w - lr g / (sqrt(initial + s) + eps).
 
     Duchi et al. Each element's rate falls as its own squared gradients add up. `weight_decay` is the L2 penalty's: g <-
-    g + weight_decay * w, as in torch. eps is greater than 0.
+    g + weight_decay * w, as in torch. eps is greater than 0. Raises BadInput for an lr or eps that is not above 0, an
+    initial or weight_decay below 0, complex weights and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.zeros(1))
@@ -55,7 +56,8 @@ class AdaGradNorm(Together):
 
     Ward, Wu & Bottou: one rate for all weights, found from the gradients' lengths. Decay is decoupled, since b is one
     for all. The code of AdAdaGrad's authors keeps a b for each row of a weight; the papers have one. initial: greater
-    than 0.
+    than 0. Raises BadInput for an lr or initial that is not above 0, a weight_decay below 0, complex weights and sparse
+    gradients.
 
     >>> import torch
     >>> v, w = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))

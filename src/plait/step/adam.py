@@ -38,6 +38,8 @@ class Adam(Rule):
     """m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
 
     Kingma & Ba's Adam; `weight_decay` is the L2 penalty's: it is added to the gradient, g <- g + weight_decay * w.
+    Raises BadInput for an lr that is not above 0, betas outside [0, 1), an eps or weight_decay below 0, complex weights
+    and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.ones(2))
@@ -130,7 +132,8 @@ class AdaBelief(Rule):
     m^ = m / (1 - b1^t), s^ = s / (1 - b2^t): Adam with the distance of the gradient from its own mean in place of its
     square. `eps` stands inside the second moment as well, and adds up there, as in the paper's algorithm. No
     rectification of the first steps: the authors' package turns it on by default, the paper has none. `weight_decay` is
-    decoupled, as AdamW's. eps = 1e-16 is what the authors advise.
+    decoupled, as AdamW's. eps = 1e-16 is what the authors advise. Raises BadInput for an lr that is not above 0, betas
+    outside [0, 1), an eps or weight_decay below 0, complex weights and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.ones(1))

@@ -30,7 +30,8 @@ class DCTAdam(GaLore):
     Columns are ranked by their Euclidean norm, which makes what is left out smallest; the authors' code sums magnitudes
     unless told otherwise. Of equal columns the slower cosines are taken, and I is kept ascending: the authors' order
     is top-k's. feedback: add what was left out, E <- G + E - D_I R, to the next gradient; it costs [m, n] numbers,
-    which the authors keep in 8 bits. Shapes as in `plait.step.low_rank`.
+    which the authors keep in 8 bits. Shapes as in `plait.step.low_rank`. Raises BadInput where no matrix is larger than
+    its rank, for a pattern that matches no weight, and for another `subspace`.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.zeros(4, 4))

@@ -35,7 +35,8 @@ class Adafactor(Rule):
 
     relative: False takes lr itself as a, for a schedule of one's own. Decay is decoupled and multiplied by lr; the
     paper has none. eps is added to G^2, as the paper does; torch's Adafactor bounds R C / mean(R) from below by eps^2
-    in its place. lr stands where the paper has 0.01, as in torch.
+    in its place. lr stands where the paper has 0.01, as in torch. Raises BadInput for an lr, decay, clip or eps that is
+    not above 0, for `states` other than "float32", and for complex weights and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.ones(2, 2))

@@ -24,7 +24,8 @@ class DiffGrad(Rule):
 
     The authors' first code keeps a reference to the gradient in place of a copy, and xi is then 1/2 always; the paper's
     equation, and their second code, are followed. There eps is added before v is corrected, here after, as the paper
-    does.
+    does. Raises BadInput for an lr that is not above 0, betas outside [0, 1), an eps or weight_decay below 0, complex
+    weights and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.zeros(2))

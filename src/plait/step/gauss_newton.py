@@ -68,7 +68,9 @@ class EGN(Rule):
     16384 equations. Examples must not mix in the model (no batch normalization in training mode). It asks for
     derivatives of its own, so it works inside `plait.train`, on one process, before other gradient methods, which then
     act on d; in your own loop use `plait.math.gauss_newton`. The authors' first solver for cross entropy decomposed a
-    matrix that is not symmetric by Cholesky; the system above is solved as it is.
+    matrix that is not symmetric by Cholesky; the system above is solved as it is. Raises BadInput in other loops, on
+    several processes, behind another gradient method, for a model with batch normalization, and above that number of
+    equations.
 
     >>> from plait import train
     >>> x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))

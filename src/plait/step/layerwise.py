@@ -41,7 +41,8 @@ class LAMB(Rule):
     m^ and v^ are Adam's corrected means; the norms are those of each weight tensor. Algorithm 2 of You et al.: moments
     are corrected, the decay stands inside the norm, nothing else is clipped. phi is the identity, or clips to
     `norm_range`. Where a norm is 0 (a bias at its start) the ratio is 1: the paper does not say, and such a weight
-    would never move.
+    would never move. Raises BadInput for an lr or upper end of norm_range that is not above 0, betas outside [0, 1),
+    other numbers below 0, complex weights and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -72,7 +73,8 @@ class LARS(Rule):
     """m <- momentum * m + (1 - momentum) (g + weight_decay * w); w <- w - lr * phi(||w||) / ||m|| * m.
 
     Algorithm 1 of You et al. 2020 (the 2017 report scales the gradient before it enters the mean). Where a norm is 0
-    the ratio is 1. phi is the identity, or clips to `norm_range`.
+    the ratio is 1. phi is the identity, or clips to `norm_range`. Raises BadInput for an lr or upper end of norm_range
+    that is not above 0, a momentum outside [0, 1), other numbers below 0, complex weights and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))

@@ -214,6 +214,7 @@ class GaLore(LowRank):
     """w <- w - lr c (scale * P N) - lr * weight_decay * w: Adam on P^T G [rank, n], and back.
 
     Zhao et al. The states are kept as they are when P is refreshed, as the authors do. See `LowRank` for the fields.
+    Raises BadInput where no matrix is larger than its rank, and for a pattern that matches no weight.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.eye(4))
@@ -251,7 +252,8 @@ class Fira(LowRank):
 
     Two departures. A residual of length 0 does not become the length to grow from: by the letter, one zero gradient
     would keep S near 0 for thousands of steps. The residual is the published G - P R; the authors' code takes
-    G - scale * P R, which is the same at scale 1, the default.
+    G - scale * P R, which is the same at scale 1, the default. Raises BadInput where no matrix is larger than its rank,
+    and for a pattern that matches no weight.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.eye(4))

@@ -17,7 +17,8 @@ from plait.step.base import Rule
 class SGD(Rule):
     """g <- g + weight_decay * w; m <- momentum * m + g; w <- w - lr m, or lr (g + momentum * m) with `nesterov`.
 
-    Momentum as torch has it, without dampening; `weight_decay` is the L2 penalty's. momentum in [0, 1).
+    Momentum as torch has it, without dampening; `weight_decay` is the L2 penalty's. momentum in [0, 1). Raises BadInput
+    for another momentum, an lr that is not above 0, a weight_decay below 0, complex weights and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.ones(1))
@@ -63,7 +64,9 @@ class SGDW(Rule):
     """m <- momentum * m + lr g; w <- w - m - lr * weight_decay * w.
 
     SGD with decoupled weight decay (Loshchilov & Hutter). The learning rate enters the running mean, so a change of
-    rate reaches the weights over the next steps. The decay is multiplied by the learning rate, as AdamW's.
+    rate reaches the weights over the next steps. The decay is multiplied by the learning rate, as AdamW's. Raises
+    BadInput for an lr that is not above 0, a momentum outside [0, 1), a weight_decay below 0, complex weights and
+    sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.ones(1))
@@ -98,7 +101,9 @@ class Lion(Rule):
     """w <- w - lr (sign(b1 m + (1 - b1) g) + weight_decay * w); then m <- b2 m + (1 - b2) g.
 
     Chen et al.'s optimizer found by program search: every element moves by the same length, one state in place of
-    Adam's two. Its learning rate wants to be 3 to 10 times smaller than AdamW's, and its decay as much larger.
+    Adam's two. Its learning rate wants to be 3 to 10 times smaller than AdamW's, and its decay as much larger. Raises
+    BadInput for an lr that is not above 0, betas outside [0, 1), a weight_decay below 0, complex weights and sparse
+    gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.ones(2))

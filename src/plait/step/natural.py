@@ -32,7 +32,8 @@ class NaturalGaLore(GaLore):
     code keeps it. Their code also projects both sides of G; the paper, and this, one. [history, rank, n] numbers are
     kept beside GaLore's states, and read twice: a step takes 1.1 times GaLore's with a history of 4, 1.4 times with 20
     (benchmarks/second_order.py), which is 10 and 12 times AdamW's. The authors' history is 20: that is more memory
-    than AdamW's states where rank > m / 10, and the paper's "no additional memory" does not hold.
+    than AdamW's states where rank > m / 10, and the paper's "no additional memory" does not hold. Raises BadInput where
+    no matrix is larger than its rank, for a pattern that matches no weight, and for a damping that is not above 0.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.eye(4))

@@ -45,7 +45,8 @@ class Muon(Rule):
 
     Vectors, weights that `where` leaves out, and groups with orthogonal=False are stepped by AdamW, at lr * `others`,
     with `betas` and `eps`. Embeddings and output layers train better so: name the rest in `where`. A transformers
-    Conv1D lies the other way round: use scale="rms", which does not see it.
+    Conv1D lies the other way round: use scale="rms", which does not see it. Raises BadInput for a `where` that matches
+    no weight, an lr that is not above 0, a momentum or betas outside [0, 1), complex weights and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.zeros(2, 2))

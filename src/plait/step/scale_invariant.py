@@ -169,7 +169,9 @@ class SGDP(Tangent):
 
     Heo et al., Algorithm 1; with `nesterov`, p = g + momentum * m. Decay is decoupled and, as in the authors' code,
     divided by 1 - momentum, so that it is as strong as an L2 penalty that enters the mean. Their code without Nesterov
-    writes the projected step into its running mean; here the mean stays as the equation has it.
+    writes the projected step into its running mean; here the mean stays as the equation has it. Raises BadInput for an
+    lr that is not above 0, a momentum outside [0, 1), a delta below 0, a decay_ratio outside [0, 1], `states` other
+    than "float32", complex weights and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))

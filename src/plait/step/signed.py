@@ -21,7 +21,8 @@ class SignSGD(Rule):
     """m <- momentum * m + (1 - momentum) g; w <- w - lr (sign(m) + weight_decay * w).
 
     Bernstein et al.; Signum with momentum, signSGD at momentum 0. It descends fastest in the norm of the largest
-    element. The sign of 0 is 0. Decay is decoupled. momentum in [0, 1).
+    element. The sign of 0 is 0. Decay is decoupled. momentum in [0, 1). Raises BadInput for another momentum, an lr
+    that is not above 0, a weight_decay below 0, complex weights and sparse gradients.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.ones(3))
@@ -49,7 +50,8 @@ class NormalizedSGD(Together):
     """m <- momentum * m + (1 - momentum) g; w <- w - lr (m / ||m|| + weight_decay * w), ||m|| over all weights.
 
     Cutkosky & Mehta: every step has the length lr. A step whose m is 0 moves nothing. Decay is decoupled. momentum in
-    [0, 1).
+    [0, 1). Raises BadInput for another momentum, an lr that is not above 0, a weight_decay below 0, complex weights and
+    sparse gradients.
 
     >>> import torch
     >>> v, w = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))

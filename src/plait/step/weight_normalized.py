@@ -30,7 +30,8 @@ class GradNormLoRP(GaLore):
     until it has one. Two departures from the authors' code, to the equations: there g is set back to |V| at every step,
     so that its own steps are lost, and grad V keeps the part along V. The paper projects both sides of the gradient,
     its code and this the side of fewer rows. For adapters the authors use DoRA and project the gradients of its
-    factors, which is [*DoRA(rank=8), GaLore(rank=4)] here.
+    factors, which is [*DoRA(rank=8), GaLore(rank=4)] here. Raises BadInput where no matrix is larger than its rank, and
+    for a pattern that matches no weight.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
