@@ -49,7 +49,8 @@ class Coherence(Method):
     fitted on its own, m if all agree. It is high on real labels early in training and low on random ones. Reported from
     `batches` batches of training data, in evaluation mode, over the trained parameters that `where` names.
 
-    Returns {"coherence": alpha, "m-coherence": m alpha, "examples": m}. Costs one backward pass an example.
+    Returns {"coherence": alpha, "m-coherence": m alpha, "examples": m}. Costs one backward pass an example. Raises
+    BadInput where nothing that matches is trained, and without training data.
 
     >>> Coherence(batches=2)
     Coherence(batches=2)

@@ -63,6 +63,8 @@ class HessianSpectrum(Method):
 
     Returns {"largest", "smallest" (eigenvalues, approached from inside), "trace", "frobenius" (root of the sum of their
     squares), "density": a curve}. The trace is Hutchinson's estimate, unbiased; more probes make it and the norm surer.
+    Raises BadInput where nothing that matches is trained, without training data, and for a curvature that is not
+    finite.
 
     >>> HessianSpectrum(iterations=10)
     HessianSpectrum(iterations=10)
@@ -145,7 +147,8 @@ class BatchCurvature(Method):
     "noise" (sqrt(P) sigma), "critical batch size" (where lambda_1 = noise / sqrt(B)), "largest rate" (2 / predicted,
     where plain SGD diverges on the quadratic), "rate" and "momentum" (heavy ball from `predicted` and the mean size of
     an eigenvalue in Lanczos' quadrature, a choice of ours), "by batch size": a curve}. Costs batches + 1 runs of
-    Lanczos' method.
+    Lanczos' method. Raises BadInput for fewer than two examples, where nothing that matches is trained, and for a
+    curvature that is not finite.
 
     >>> BatchCurvature(batches=8)
     BatchCurvature(batches=8)

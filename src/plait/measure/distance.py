@@ -48,7 +48,8 @@ class WeightDistance(Method):
     where: names of weights or of their layers. The weights are copied when training starts (that many bytes are kept,
     and saved with checkpoints). Returns "distance"; from the third measurement on also "slope", b, "log_fit", the R^2
     of a + b log t over all measurements so far, "root_fit", that of a + b sqrt(t), which an ordinary random walk
-    follows, and "exponent", a of t^a; and the curve.
+    follows, and "exponent", a of t^a; and the curve. Raises BadInput where nothing that matches is trained, and where
+    it has not seen the start.
 
     >>> from plait import train
     >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))

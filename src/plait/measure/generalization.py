@@ -31,7 +31,8 @@ class GeneralizationGap(Method):
 
     lr: the run's own, unless given. where: the weights whose part of the gap is told. C is estimated without bias from
     `batches` batches. Returns {"trace of covariance", "gradient norm" (|g|^2, without bias), "change per step",
-    "predicted gap"}. Costs one backward pass an example.
+    "predicted gap"}. Costs one backward pass an example. Raises BadInput for fewer than two examples, where nothing
+    that matches is trained, and where no learning rate is known.
 
     >>> GeneralizationGap(lr=0.1, batches=4)
     GeneralizationGap(lr=0.1, batches=4)

@@ -86,7 +86,8 @@ class LogitGrowth(Method):
 
     where: the attention layers. On `batches` batches of training data, in evaluation mode. Returns {"attention logit"
     (the largest over layers, if there is attention), "log Z" (mean), "largest |log Z|", "output logit" (mean),
-    "largest output logit", "by layer": a curve}; without classes nothing is said of log Z.
+    "largest output logit", "by layer": a curve}; without classes nothing is said of log Z. Raises BadInput without
+    training data.
 
     >>> LogitGrowth(batches=2)
     LogitGrowth(batches=2)

@@ -60,7 +60,7 @@ class UniformLGI(Method):
 
     minimum: min L, if known, such as 0; otherwise the lowest loss seen, whose point is left out. Returns {"loss",
     "gradient norm"} and, from the third point on, {"theta", "c", "path" (r), "estimate" (r / sqrt(n)), "inequality": a
-    curve}.
+    curve}. Raises BadInput where nothing that matches is trained, and without training data.
 
     >>> UniformLGI(batches=8, minimum=0.0)
     UniformLGI(batches=8, minimum=0.0)

@@ -59,7 +59,7 @@ class EffectiveLearningRate(Method):
 
     lr: the run's own, unless given. rule: "sgd" or "adam". Returns {"layers" (how many are invariant)} and, if there
     are any, the geometric means over them of {"weight norm", "effective rate", "gradient norm" (|g|)}, and "by layer":
-    a curve.
+    a curve. Raises BadInput where no learning rate is known, and without training data.
 
     >>> EffectiveLearningRate(rule="adam")
     EffectiveLearningRate(rule='adam')

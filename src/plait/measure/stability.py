@@ -36,7 +36,8 @@ class DynamicalStability(Method):
     alike, each direction gets a C-th of the noise, and up to C times the trace can be stable.
 
     lr, size (of a batch): the run's own, unless given. Returns {"trace", "frobenius", "largest", and each as a part of
-    what is allowed, above 1 unstable: "trace / allowed", "frobenius / allowed", "largest / allowed"}.
+    what is allowed, above 1 unstable: "trace / allowed", "frobenius / allowed", "largest / allowed"}. Raises BadInput
+    where no learning rate is known, where nothing that matches is trained, and for a curvature that is not finite.
 
     >>> DynamicalStability(lr=0.1)
     DynamicalStability(lr=0.1)
@@ -100,6 +101,8 @@ class HessianCoherence(Method):
 
     lr, size (of a batch): the run's own, unless given; count: measure at most so many examples. Returns {"coherence",
     "largest" (lambda_1(H)), "largest of an example", "diverges above", "may converge below", "largest / allowed"}.
+    Raises BadInput where no learning rate is known, where nothing that matches is trained, and for real targets of more
+    than 64 outputs an example.
 
     >>> HessianCoherence(count=32)
     HessianCoherence(count=32)

@@ -166,7 +166,9 @@ def sinkhorn_newton(
     its row's or column's sum. Departing from the paper for the sake of small regularizations: a second step in a row
     that reduces the error by less than a half is followed by `warm_up` iterations of Sinkhorn and an S of twice the
     density (a threshold 100 times lower); and a regularization below 1/600 of the cost's spread is reached in stages
-    from a larger one. Below about 1e-5 of the spread the Hessian is singular to rounding: look at `converged`.
+    from a larger one. Below about 1e-5 of the spread the Hessian is singular to rounding: look at `converged`. Raises
+    BadInput for what `sinkhorn` refuses (negative masses, different sums, wrong shapes, numbers that are not finite),
+    and for a density outside (0, 1].
 
     >>> import numpy as np
     >>> points = np.random.default_rng(0).random((2, 100, 1))
