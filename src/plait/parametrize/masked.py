@@ -91,7 +91,7 @@ class RAMT(Adapter):
     trained and n places. For outputs that are logits of classes.
 
     drop: l, in [0, 1]; 0 is mask tuning without regularization. threshold: below start. Raises BadInput for another
-    threshold, a share that leaves a matrix no entry, and, unless drop is 0, for outputs that are no logits of classes.
+    threshold, a share that leaves a matrix no entry, and, unless drop is 0, for outputs of fewer than two classes.
 
     >>> model = nn.Sequential(nn.Linear(6, 4))
     >>> RAMT(share=0.5).parametrize(model)
