@@ -9,6 +9,7 @@ from torch import nn
 
 from plait import train
 from plait.data.batch_size import AdaptiveBatchSize
+from plait.gradient.low_rank import LoRAPro
 from plait.gradient.module_variance import AGVM
 from plait.measure.coherence import Coherence
 from plait.measure.curvature import HessianSpectrum
@@ -23,6 +24,7 @@ from plait.sharding import gather, leave
 from plait.step.adagrad import AdaGradNorm
 from plait.step.layer_sampling import HFT, LISA
 from plait.step.low_rank import GaLore
+from plait.step.momentum import SGD
 
 
 class Net(nn.Module):
@@ -54,6 +56,7 @@ METHODS: dict[str, list[Method]] = {
     "lisa": [LISA(where="blocks.[0-9]", layers=1, period=2)],
     "hft": [HFT(period=2)],
     "agvm": [AGVM(every=1, adaptive=True)],
+    "lora-pro": [LoRA(rank=2), LoRAPro(adam=True), SGD(lr=0.05)],
     "measured": [
         GaLore(rank=2, period=2, lr=0.01),
         *(HessianSpectrum(), Coherence(), GeneralizationGap(), SubspaceAngle()),

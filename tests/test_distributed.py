@@ -144,9 +144,10 @@ def test_a_sharded_run_goes_on_from_its_checkpoint(adapters: str, tmp_path: Path
     assert_close(launch(2, "fsdp", adapters, str(tmp_path), steps=6), launch(1, "none", adapters))
 
 
-def test_means_of_sharded_gradients_go_on_from_a_checkpoint(tmp_path: Path) -> None:
-    launch(2, "fsdp", "agvm", str(tmp_path), steps=3)
-    assert_close(launch(2, "fsdp", "agvm", str(tmp_path), steps=6), launch(2, "none", "agvm"))
+@pytest.mark.parametrize("name", ["agvm", "lora-pro"])
+def test_means_of_sharded_gradients_go_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
+    launch(2, "fsdp", name, str(tmp_path), steps=3)
+    assert_close(launch(2, "fsdp", name, str(tmp_path), steps=6), launch(2, "none", name))
 
 
 def test_sharding_alone_is_refused() -> None:

@@ -155,7 +155,11 @@ LETTERS = [{"text": f"words {i}", "label": "a" if i % 3 else "b"} for i in range
             {},
             "has only 1 row left of the class 'c' for test: give at least three",
         ),
-        ([{"text": "x", "label": "a"}] * 9, {}, "has only the class 'a': a classifier needs two or more."),
+        (
+            [{"text": "x", "label": "a"}] * 9,
+            {},
+            "has only the class 'a' in the 7 rows to train on: a",
+        ),
         (LETTERS[:2], {}, "has only 1 row left of the class"),
         (
             LETTERS,

@@ -68,6 +68,8 @@ BAD_TEXTS = {
     METHODS + "- lora: {where: 3}": "LoRA.where must be a text, not 3.",
     METHODS + "- lora: {rank: true}": "LoRA.rank must be a number, not True.",
     METHODS + "- adamw: {lr: true}": "AdamW.lr must be a number, not True.",
+    METHODS + "- lamb: {norm_range: [5, 1]}": "LAMB.norm_range must be a smaller number and a larger one, not [5, 1].",
+    METHODS + "- nm-mask: {n: 4, m: 2}": "NMMask keeps n of m weights: n must be below m, not 4 of 2.",
     METHODS + "- adamw: {betas: 0.9}": "AdamW.betas must be a list such as [0.9, 0.999], not 0.9.",
     METHODS + "- adamw: {lr: {cosine: {peak: 1, warmup: 100}}}": (
         "AdamW.lr: the warmup of the schedule 'cosine' is a part of the run, in [0, 1], not 100."
@@ -169,6 +171,12 @@ BAD_LISTS: list[tuple[list[object], str]] = [
         "GradientNoise does nothing while variance is 0: change it, or drop GradientNoise.",
     ),
     ([{"mixout": {"p": 0}}], "Mixout does nothing while p is 0: change it, or drop Mixout."),
+    ([{"amp": {"radius": 0}}], "AMP does nothing while radius is 0: change it, or drop AMP."),
+    ([{"gam": {"radius": 0}}], "GAM does nothing while radius is 0: change it, or drop GAM."),
+    (
+        [{"smart": {"strength": 0, "proximal": 0}}],
+        "SMART does nothing while strength and proximal are 0: change one, or drop SMART.",
+    ),
     ([{"sam": {"radius": 0}}], "SAM does nothing while radius is 0: change it, or drop SAM."),
     ([{"ps-kd": {"alpha": 0}}], "PSKD does nothing while alpha is 0: change it, or drop PSKD."),
     ([{"el2n-grand": {"keep": 1}}], "DataDiet does nothing while keep is 1: change it, or drop DataDiet."),

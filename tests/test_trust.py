@@ -255,6 +255,16 @@ def test_a_checkpoint_with_one_bit_turned_is_named(name: str, tmp_path: Path) ->
     assert said(tmp_path).startswith(f"{damaged} is truncated or damaged (it does not hold what was written): delete")
 
 
+def test_a_state_in_which_a_name_or_a_number_changed_is_named(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    damaged = tmp_path / "step-3" / "state.json"
+    content = damaged.read_text()
+    for changed in (content.replace('"skipped"', '"skopped"'), content.replace('"step": 3', '"step": 2')):
+        assert changed != content
+        damaged.write_text(changed)
+        assert said(tmp_path).startswith(f"{damaged} is truncated or damaged (it does not hold what was written)")
+
+
 def test_frozen_weights_with_one_bit_turned_are_named(tmp_path: Path) -> None:
     stopped(tmp_path)
     (frozen,) = tmp_path.glob("frozen-*.safetensors")

@@ -196,7 +196,7 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], frozen: dict[str, 
         state["checksums"] = {name: checksum(tensors) for name, tensors in files.items()}
         for name, tensors in files.items():
             write_tensors(temporary / f"{name}.safetensors", tensors)
-        (temporary / "state.json").write_text(json.dumps(state))
+        (temporary / "state.json").write_text(_marked(state))
         sync(temporary / "state.json")
         sync(temporary)
         shutil.rmtree(target, ignore_errors=True)
@@ -246,6 +246,11 @@ def save(
     barrier()
 
 
+def _marked(state: dict[str, Any]) -> str:
+    """Return a state as JSON that shows damage to itself."""
+    return json.dumps(state | {"checksum": zlib.crc32(json.dumps(state).encode())})
+
+
 def _state(place: Path) -> dict[str, Any]:
     """Return what a checkpoint's state.json says; raise BadInput if it says nothing."""
     try:
@@ -254,6 +259,9 @@ def _state(place: Path) -> dict[str, Any]:
         raise BadInput(f"{place / 'state.json'} is truncated or damaged ({problem}).") from None
     if not isinstance(state, dict) or "signature" not in state:
         raise BadInput(f"{place / 'state.json'} is truncated or damaged (it holds no run).")
+    written = state.pop("checksum", None)
+    if written is not None and zlib.crc32(json.dumps(state).encode()) != written:
+        raise BadInput(f"{place / 'state.json'} is truncated or damaged (it does not hold what was written).")
     return state
 
 

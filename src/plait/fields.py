@@ -67,6 +67,16 @@ Probability = Annotated[float, _PROBABILITY]
 Number = Annotated[float, _NUMBER]
 """Any finite number."""
 
+
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not bounds[0] < bounds[1]:
+        raise PydanticCustomError("order", "must be a smaller number and a larger one")
+    return bounds
+
+
+Bounds = Annotated[tuple[NonNegative, Positive], AfterValidator(_ascending)]
+"""Two numbers of at least 0, the second larger than the first."""
+
 _SCHEDULE = BeforeValidator(_schedule)
 ScheduledPositive = Annotated[float | Schedule, _SCHEDULE, _POSITIVE]
 """A number greater than 0, or a schedule of such."""

@@ -148,7 +148,7 @@ def sentence(cls: type, problem: ValidationError) -> str:
         cure = f": join the names, as in {'|'.join(given)!r}" if names and given else ""
         return f"{cls.__name__}.{name} must be a text, not {given!r}{cure}."
     if isinstance(inner := error.get("ctx", {}).get("error"), BadInput):
-        return f"{cls.__name__}.{name}: {inner}"
+        return f"{cls.__name__}.{name}: {inner}" if where else str(inner)
     if kind.startswith(("int_", "float_")) and kind not in ("int_parsing_size",):
         return f"{cls.__name__}.{name} must be a {'whole ' if kind.startswith('int') else ''}number, not {given!r}."
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input should ")

@@ -84,7 +84,7 @@ class Recipe(Section):
     methods: entries of the catalogue, in the order in which they act; in Python also methods themselves.
     task: "causal-language-modelling", "text-classification", ...; told from the data where it is not given. folded:
     measure the trained model once more with its adapters folded in, and with its weights then rounded to 4 bits.
-    validate_every: how many steps lie between two points of the validation curve; 0 takes ten points.
+    validate_every: how many steps lie between two points of the validation curve; 0 takes eight at most.
 
     >>> print(Recipe(model="minilm", data="tweets", methods=["lora", {"adamw": {"lr": 0.002}}]))
     name: recipe

@@ -39,6 +39,16 @@ def like(whole: Tensor, parameter: Tensor) -> Tensor:
     return whole
 
 
+def remembered(memory: dict[str, Tensor], key: str, gradient: Tensor) -> Tensor:
+    """Return what is remembered of a gradient under a key, zeros at first, spread over processes as the gradient is."""
+    held = memory.get(key)
+    if held is None:
+        memory[key] = torch.zeros_like(gradient)
+    elif not is_sharded(held):
+        memory[key] = like(held, gradient)  # a checkpoint brings it back whole
+    return memory[key]
+
+
 def blocks(model: nn.Module) -> Iterable[nn.Module]:
     """Yield the repeated blocks of a model (the members of its module lists), which are sharded one by one."""
     for module in model.modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ class TLM(Forward):
     encoders and decoders of transformers with "eager" or "sdpa" attention. Cost: one mask [n, 1, T, T] per layer.
 
     rate: in [0, 1), or a schedule; 0 is the plain model. where: the attention layers. Raises BadInput where no
-    attention of transformers matches, and where it is neither "eager" nor "sdpa".
+    attention of transformers matches, where it is neither "eager" nor "sdpa", and in a run
+    for a rate that stays 0.
 
     >>> TLM(rate=0.2, strategy="self")
     TLM(rate=0.2, strategy='self')
@@ -66,6 +67,8 @@ class TLM(Forward):
 
     rate: ScheduledProbability = 0.1
     strategy: Literal["siblings", "self", "both"] = "both"
+
+    idle: ClassVar[dict[str, float]] = {"rate": 0}
 
     def draw(self, shape: tuple[int, int], rate: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return which tokens [n, T] are chosen, and which of them see only themselves."""

@@ -13,6 +13,7 @@ from plait.layers import matches
 from plait.method import Ask, Method, Now, method
 from plait.parametrize.base import Adapter, attached, stack
 from plait.parametrize.low_rank import LowRank
+from plait.sharding import remembered
 
 
 def eigen(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,8 +133,8 @@ class LoRAPro(Gradient):
             return new_A, new_B
         gradient = (scale * (b @ new_A + new_B @ a)).to(torch.promote_types(A.dtype, torch.float32))
         memory = now.of(self)
-        first = memory.setdefault(f"{name}/first", torch.zeros_like(gradient))
-        second = memory.setdefault(f"{name}/second", torch.zeros_like(gradient))
+        first = remembered(memory, f"{name}/first", gradient)
+        second = remembered(memory, f"{name}/second", gradient)
         count = memory.setdefault(f"{name}/count", torch.zeros((), dtype=torch.float64)).add_(1)
         first.lerp_(gradient, 1 - self.beta1)
         second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)

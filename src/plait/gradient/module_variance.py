@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from plait.catalogue import paper
 from plait.errors import BadInput
-from plait.fields import Count, Positive, Probability, Size
+from plait.fields import Bounds, Count, Probability, Size
 from plait.gradient.base import Gradient
 from plait.layers import matches
 from plait.method import Ask, Method, Now, method
-from plait.sharding import full, gather, is_sharded, like
+from plait.sharding import full, gather, remembered
 
 TINY = 1e-6
 """Keeps the ratio of two variances finite."""
@@ -64,7 +64,7 @@ class AGVM(Gradient):
     momentum: Probability = 0.97
     every: Count = 5
     warmup: Size = 0
-    bounds: tuple[Positive, Positive] = (0.5, 10.0)
+    bounds: Bounds = (0.5, 10.0)
     adaptive: bool = False
     beta2: Probability = 0.999
 
@@ -126,7 +126,7 @@ class AGVM(Gradient):
             scale = state["scale"]
             for name, number in groups.items():
                 if self.adaptive and (gradient := parameters[name].grad) is not None:
-                    squares = state[f"{name}/squares"] = self.squares(name, gradient, state)
+                    squares = remembered(state, f"{name}/squares", gradient)
                     squares.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
                 if number and float(scale[number]) != 1.0 and parameters[name].requires_grad:
                     state[f"{name}/before"] = parameters[name].detach().clone()
@@ -159,15 +159,8 @@ class AGVM(Gradient):
         """Return a gradient as the optimizer will use it."""
         if not self.adaptive:
             return gradient
-        squares = self.squares(name, gradient, state)
+        squares = remembered(state, f"{name}/squares", gradient)
         return gradient / ((self.beta2 * squares + (1 - self.beta2) * gradient.square()).sqrt() + 1e-8)
-
-    def squares(self, name: str, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Return the running mean of squares of a gradient so far, spread over processes as it is."""
-        held = state.get(f"{name}/squares")
-        if held is None:
-            return torch.zeros_like(gradient)
-        return held if is_sharded(held) else like(held, gradient)  # a checkpoint brings it back whole
 
 
 def smallest(count: int, now: Now) -> int:

@@ -57,7 +57,7 @@ class AMP(Gradient):
 
     radius: at least 0, or a schedule (0.5 in the paper, for convolutional networks); 0 is the plain gradient. rate: the
     inner learning rate, 1 there. ascents: 1 there. 1 + ascents calls. Raises BadInput for a radius below 0, a rate that
-    is not above 0, ascents below 1, and another ball.
+    is not above 0, ascents below 1, another ball, and in a run a radius that stays 0.
 
     >>> AMP(ascents=2).calls
     3
@@ -67,6 +67,8 @@ class AMP(Gradient):
     rate: Positive = 1.0
     ascents: Count = 1
     ball: Literal["model", "tensor"] = "model"
+
+    idle: ClassVar[dict[str, float]] = {"radius": 0}
 
     @property
     def calls(self) -> int:  # type: ignore[override]
@@ -106,7 +108,7 @@ class GAM(Gradient):
 
     strength, radius: at least 0; 0 is the plain gradient (their values here are no figures of the paper; the authors'
     code takes a radius of 0.2 for small images). difference: greater than 0, 0.02 to 0.04 there. Raises BadInput for
-    numbers outside these ranges, and in a run for a strength that stays 0.
+    numbers outside these ranges, and in a run for a strength or a radius that stays 0.
 
     >>> GAM().calls
     4
@@ -117,6 +119,7 @@ class GAM(Gradient):
     difference: Positive = 0.02
 
     calls: ClassVar[int] = 4
+    idle: ClassVar[dict[str, float]] = {"strength": 0, "radius": 0}
 
     def gradient(self, ask: Ask) -> Ask:
         """Return the oracle with the gradient of first-order flatness added."""

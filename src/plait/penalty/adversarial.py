@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +101,13 @@ class SMART(Penalty):
     strength, proximal: 1 in the paper, at least 0. radius, noise: 1e-5 there, for embeddings. step: 1e-3 there.
     decay: in [0, 1), 0.99 for the first tenth of the run, 0.999 after. Raises BadInput where inputs are not real and
     there are no embeddings, for a `where` that names no layer that the model runs, and for an output that is not one
-    tensor.
+    tensor; in a run where strength and proximal are 0.
 
     >>> symmetric_kl(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0])) > 0
     tensor(True)
     """
+
+    idle: ClassVar[dict[str, float]] = {}  # strength 0 leaves the proximal part
 
     strength: ScheduledNonNegative = 1.0
     proximal: NonNegative = 1.0
@@ -173,6 +175,8 @@ class SMART(Penalty):
         return divergence(now.output, averaged, now.batch.target).mean()
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
-        """Refuse layers to perturb that do not exist."""
+        """Refuse layers to perturb that do not exist, and both parts at 0."""
+        if self.strength == 0 and self.proximal == 0:
+            raise BadInput("SMART does nothing while strength and proximal are 0: change one, or drop SMART.")
         if self.where != ".*" and not list(layers(model, self.where, nn.Module)):
             raise BadInput(f"SMART(where={self.where!r}) matches no layer: name one whose output is to be perturbed.")

@@ -8,8 +8,8 @@ from typing import Any
 
 from plait.catalogue import paper
 from plait.fields import (
+    Bounds,
     NonNegative,
-    Positive,
     Probability,
     ScheduledNonNegative,
     ScheduledPositive,
@@ -56,7 +56,7 @@ class LAMB(Rule):
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: NonNegative = 1e-6
     weight_decay: ScheduledNonNegative = 0.01
-    norm_range: tuple[NonNegative, Positive] | None = None
+    norm_range: Bounds | None = None
 
     direction = staticmethod(AdamW.direction)
     trust = staticmethod(layer_ratio)
@@ -88,7 +88,7 @@ class LARS(Rule):
     lr: ScheduledPositive = 1e-2
     momentum: ScheduledProbability = 0.9
     weight_decay: ScheduledNonNegative = 0.0
-    norm_range: tuple[NonNegative, Positive] | None = None
+    norm_range: Bounds | None = None
 
     @staticmethod
     def direction(weight: Any, gradient: Any, exp_avg: Any, *, momentum: float, weight_decay: float) -> tuple[Any, ...]:

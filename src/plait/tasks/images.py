@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ def pixels(table: Table, size: int | None, channels: int | None) -> list[Any]:
 
     arrays, source = [], table.attrs["source"]
     for row, value in zip(rows_of(table), column(table, "image", ""), strict=True):
-        image = opened(value, f"the image in row {row} of {source}")
+        image = opened(_beside(source, value), f"the image in row {row} of {source}")
         grey = image.mode in GREY if channels is None else channels == 1
         image = image.convert("L" if grey else "RGB")
         if size is not None and image.size != (size, size):
@@ -96,6 +97,14 @@ def pixels(table: Table, size: int | None, channels: int | None) -> list[Any]:
         if arrays[-1].nbytes * len(table) > MOST:
             raise BadInput(f"{source} would take more than 4 GiB as pixels: give a smaller size=, or rows=.")
     return arrays
+
+
+def _beside(source: str, value: Any) -> Any:
+    """Return a path in a table as one beside the table's file, where such an image lies there."""
+    with contextlib.suppress(OSError):  # of a name that is too long to be one
+        if isinstance(value, str) and (near := Path(source).parent / value).is_file():
+            return near
+    return value
 
 
 def stacked(arrays: list[Any], channels: int, source: str) -> Tensor:

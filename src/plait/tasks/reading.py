@@ -12,6 +12,8 @@ from typing import Any
 from plait.errors import BadInput, did_you_mean
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+OTHER_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw")
+"""Kinds of images that are not read; beside others that are, a warning counts them."""
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 PARTS |= {"dev": "validation", "test": "test"}
@@ -221,12 +223,23 @@ def read_folder(path: Path, encoding: str = "utf-8") -> dict[str, Table]:
     if images and texts:
         raise BadInput(f"{path} holds both images and texts: give a folder of one kind.")
     if images:
+        _warn_of_others(path, files)
         return {"all": _folder_table(path, images, "image", [str(f) for f in images])}
     if texts:
         return {"all": _folder_table(path, texts, "text", [decoded(f, encoding) for f in texts])}
     raise BadInput(
         f"{path} holds no .txt and no image: give a folder of one kind, or train.csv, validation.csv, test.csv in it."
     )
+
+
+def _warn_of_others(path: Path, files: list[Path]) -> None:
+    other = [f for f in files if f.suffix.lower() in OTHER_IMAGES]
+    if other:
+        warnings.warn(
+            f"{path} holds images of kinds that are not read and left out ({len(other)}, '{other[0].name}' first): "
+            "save them as PNG or JPEG.",
+            stacklevel=2,
+        )
 
 
 def _folder_table(root: Path, files: list[Path], name: str, values: list[str]) -> Table:

@@ -130,7 +130,10 @@ def classes_of(train: list[Any], others: dict[str, list[Any]], source: str) -> t
     if numbers and any(isinstance(value, float) for value in values):
         raise BadInput(f"{source} has labels that are not whole numbers: use the task regression.")
     if len(names) < 2:
-        raise BadInput(f"{source} has only the class '{names[0]}': a classifier needs two or more.")
+        raise BadInput(
+            f"{source} has only the class '{names[0]}' in the {len(values)} rows to train on: a classifier needs two "
+            "or more."
+        )
     place = {name: i for i, name in enumerate(names)}
     coded: dict[str, list[int]] = {"train": [place[_name(value)] for value in train]}
     for part, labels in others.items():

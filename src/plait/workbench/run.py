@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,7 +246,7 @@ def _train(
     from plait.workbench.memory import Gauge, load_libraries
 
     load_libraries(methods)
-    gauge, curve = Gauge(task.model), Curve(task, recipe.validate_every or max(recipe.train.steps // 10, 1), folder)
+    gauge, curve = Gauge(task.model), Curve(task, recipe.validate_every or ceil(recipe.train.steps / 8), folder)
     counted: list[int] = []
     with stoppable() as stop, Progress(recipe.name, recipe.train.steps, quiet) as progress, gauge:
 
@@ -274,7 +275,7 @@ def _train(
 class Curve:
     """The loss on some validation examples every so many steps, kept in the folder when the run goes on later."""
 
-    examples = 256
+    examples = 128
 
     def __init__(self, task: Task, every: int, folder: Path | None) -> None:
         from plait.workbench.scores import Part
