@@ -36,6 +36,8 @@ def _read_early(seed: int, methods: list[Method], contrasts: bool = False) -> fl
     baseline="AdamW at the best of three rates, chosen on the test digits, as it is for the method",
     figure="test loss on digits after 60 steps",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def training_activations_speeds_up(seed: int) -> tuple[float, float]:
     """1000 standardized digits, a batch of 64."""
@@ -49,6 +51,8 @@ def training_activations_speeds_up(seed: int) -> tuple[float, float]:
     baseline="SGD with momentum at the best of three rates, chosen on the test digits, as it is for the method",
     figure="test loss on digits of unequal contrast after 60 steps",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def training_activations_speeds_up_on_unequal_contrasts(seed: int) -> tuple[float, float]:
     """1000 standardized digits, a batch of 64."""

@@ -56,6 +56,8 @@ def _wide(seed: int, start: Method | None, steps: int) -> float:
     baseline="the same width from scratch for 30 steps, each at the best of three rates",
     figure="test loss on digits",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def growth_starts_ahead(seed: int) -> tuple[float, float]:
     """Members of 100 steps."""
@@ -68,6 +70,8 @@ def growth_starts_ahead(seed: int) -> tuple[float, float]:
     baseline="the same width from scratch for 80 steps, each at the best of three rates",
     figure="test loss on digits",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def growth_pays(seed: int) -> tuple[float, float]:
     """30 + 2 * 100 / 4 steps."""
@@ -80,6 +84,8 @@ def growth_pays(seed: int) -> tuple[float, float]:
     baseline="the same members side by side, all other blocks begun at zero",
     figure="test loss on digits",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def recombination_helps(seed: int) -> tuple[float, float]:
     """Orthogonal coefficients of length one, or zero."""

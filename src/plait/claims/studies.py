@@ -19,6 +19,8 @@ def _found(seed: int) -> LearningForgetting:
     baseline="full fine-tuning at the learning rate that is best on the target",
     figure="rise of the source loss",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def lora_forgets_less(seed: int) -> tuple[float, float]:
     """Digits, then digits with permuted pixels; both pick their learning rate by the target loss."""
@@ -32,6 +34,8 @@ def lora_forgets_less(seed: int) -> tuple[float, float]:
     baseline="LoRA at the learning rate that is best on the target",
     figure="target loss of full fine-tuning",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def lora_learns_less(seed: int) -> tuple[float, float]:
     """The same runs."""
@@ -45,6 +49,8 @@ def lora_learns_less(seed: int) -> tuple[float, float]:
     baseline="full fine-tuning, between its learning rates and the untouched model",
     figure="rise of the source loss at LoRA's best target loss",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def lora_forgets_less_at_equal_learning(seed: int) -> tuple[float, float]:
     """The same runs; straight lines join the frontier of full fine-tuning."""
