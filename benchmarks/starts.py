@@ -1,21 +1,26 @@
-"""The PiSSA start of SmolLM2-135M, all linear layers, rank 16: plait beside peft.
+"""The starts of LoRA that peft has too, on SmolLM2-135M, all linear layers, rank 16: plait beside peft.
 
-    OMP_NUM_THREADS=1 python benchmarks/starts.py [--rounds 2]
+    OMP_NUM_THREADS=1 python benchmarks/starts.py [--starts pissa eva] [--rounds 2]
 
 Both add their adapters to a model that is loaded already and start them; they take turns in one process, on one thread.
-Residual: the root of the summed squares of W - scale * B A over all weights, beside the smallest possible one (from all
-singular values), which is peft's.
+What reads data reads the same texts in batches of 4 x 128 tokens: EVA until its vectors settle, 16 batches at most in
+plait, as long as it takes in peft; LoRA-GA the gradient of 2 batches. LoftQ makes a base of 4 bits of it, in one round.
+Residual: the root of the summed squares of W - scale * B A over all weights after PiSSA, beside the smallest possible
+one (from all singular values), which is peft's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
-import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,22 +29,63 @@ sys.path.insert(0, str(Path(__file__).parent))
 from adapters import RANK, TARGETS, smollm2
 
 RESULTS = Path(__file__).parent / "results" / "starts.json"
-KINDS: dict[str, int | None] = {"plait": 3, "plait, exact": None}
 
 
-def start_peft(model: nn.Module) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+@cache
+def texts() -> Any:
+    from plait.tasks import load_task
 
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS.split("|"), init_lora_weights="pissa")
-    return get_peft_model(model, config)
+    return load_task("causal-language-modelling", "smollm2-135m", "kjv", rows=400, length=128)
 
 
-def start_plait(model: nn.Module, iterations: int | None) -> nn.Module:
-    from plait import LoRA, Now, PiSSA
+def batches(count: int) -> list[dict[str, torch.Tensor]]:
+    data = texts().train
+    ids = [data.batch(torch.arange(4 * i, 4 * i + 4)).inputs["input_ids"] for i in range(count)]
+    return [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i} for i in ids]
 
-    LoRA(rank=RANK, alpha=RANK, where=TARGETS).parametrize(model)
-    PiSSA(iterations=iterations).initialize(model, Now())
-    return model
+
+def peft_start(model: nn.Module, kind: str) -> nn.Module:
+    from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+    from peft.tuners.lora.config import LoraGAConfig
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    options: dict[str, dict[str, Any]] = {
+        "loftq": {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
+        "eva": {"eva_config": EvaConfig()},
+        "lora_ga": {"lora_ga_config": LoraGAConfig()},
+    }
+    config = LoraConfig(
+        r=RANK, lora_alpha=RANK, target_modules=TARGETS.split("|"), init_lora_weights=kind, **options.get(kind, {})
+    )
+    if kind == "lora_ga":
+
+        def train_step() -> None:
+            for batch in batches(2):
+                model(**batch, use_cache=False).loss.backward()
+
+        preprocess_loraga(model, config, train_step)
+    made = get_peft_model(model, config)
+    if kind == "eva":
+        initialize_lora_eva_weights(made, batches(16), show_progress_bar=False)
+    return made
+
+
+def plait_start(model: nn.Module, kind: str) -> tuple[nn.Module, float]:
+    """Return the model, and when its adapters were there and started."""
+    from plait import EVA, AdamW, LoftQ, LoRA, LoRAGA, OLoRA, PiSSA, Quantize, train
+
+    starts = {
+        "pissa": [PiSSA()], "olora": [OLoRA()], "eva": [EVA()], "lora_ga": [LoRAGA(batches=2)],
+        "loftq": [LoftQ()],
+    }  # fmt: skip
+    base = [Quantize(bits=4, where=TARGETS)] if kind == "loftq" else []
+    over = []
+    train(
+        model, texts().train, texts().loss, call=texts().call, steps=1, batch_size=4,
+        methods=[*base, LoRA(rank=RANK, alpha=RANK, where=TARGETS), *starts[kind], AdamW(lr=1e-4)],
+        on_start=lambda now: over.append(time.perf_counter()),
+    )  # fmt: skip
+    return model, over[0]
 
 
 @torch.no_grad()
@@ -55,38 +101,51 @@ def residual(model: nn.Module) -> float:
     return total**0.5
 
 
+def measured(side: Callable[[nn.Module, str], Any], kind: str) -> tuple[float, nn.Module]:
+    model = smollm2()
+    for parameter in model.parameters():  # a memory-mapped file is read when a weight is first touched
+        parameter.data = parameter.data.clone()
+    began = time.perf_counter()
+    made = side(model, kind)
+    model, over = made if isinstance(made, tuple) else (made, time.perf_counter())
+    return over - began, model
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    kinds = ["pissa", "olora", "loftq", "eva", "lora_ga"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--rounds", type=int, default=2)
-    rounds = parser.parse_args().rounds
+    given = parser.parse_args()
     torch.set_num_threads(1)
     import peft
     import transformers
 
-    seconds: dict[str, list[float]] = {name: [] for name in ("peft", *KINDS)}
-    residuals = {}
-    for number in range(rounds):
-        for name in ("peft", *KINDS) if number % 2 == 0 else (*KINDS, "peft"):
-            model = smollm2()
-            for parameter in model.parameters():  # a memory-mapped file is read when a weight is first touched
-                parameter.data = parameter.data.clone()
-            began = time.perf_counter()
-            model = start_peft(model) if name == "peft" else start_plait(model, KINDS[name])
-            seconds[name].append(time.perf_counter() - began)
-            residuals[name] = residual(model)
-            del model
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    best = {name: min(values) for name, values in seconds.items()}
+    texts()
+    sides: dict[str, Callable[[nn.Module, str], Any]] = {"peft": peft_start, "plait": plait_start}
+    found: dict[str, Any] = {}
+    for kind in given.starts:
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for number in range(given.rounds):
+            for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
+                spent, model = measured(sides[name], kind)
+                seconds[name].append(round(spent, 3))
+                if kind == "pissa":
+                    found.setdefault("residual", {})[name] = residual(model)
+                del model
+        best = {name: min(values) for name, values in seconds.items()}
+        found[kind] = {"seconds": seconds, "ratio": round(best["plait"] / best["peft"], 4)}
+        print(kind, json.dumps(found[kind]), flush=True)
+    ratios = [found[kind]["ratio"] for kind in given.starts]
     report = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
-        "seconds": seconds,
-        "ratio of best rounds to peft": {name: best[name] / best["peft"] for name in KINDS},
-        "ratio of medians to peft": {name: medians[name] / medians["peft"] for name in KINDS},
-        "residual over peft's": {name: residuals[name] / residuals["peft"] for name in KINDS},
+        **{kind: found[kind] for kind in given.starts},
+        "geometric mean": round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 4),
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
         "machine": f"{platform.processor() or platform.machine()}, 1 thread",
     }
-    RESULTS.parent.mkdir(exist_ok=True)
+    if "residual" in found:
+        report["PiSSA's residual over peft's"] = found["residual"]["plait"] / found["residual"]["peft"]
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
