@@ -38,7 +38,7 @@ from plait.parametrize.pruned import DSEE
 from plait.parametrize.random_bases import RandLoRA
 from plait.parametrize.rank_growth import TriAdaptLoRA
 from plait.parametrize.row_scaled import ALLoRA
-from plait.parametrize.scaling import Scale
+from plait.parametrize.scaling import IA3Scale
 from plait.parametrize.sequential import Hydra
 from plait.parametrize.singular import SORSA, SingularTriplets, SVFit
 from plait.parametrize.sparse_growth import SpIEL
@@ -56,7 +56,7 @@ METHODS: dict[str, Maker] = {
     "miss": lambda: [Bone(rank=2, kind="shared")],
     "randlora": lambda: [RandLoRA(rank=2)],
     "hydra": lambda: [Hydra(rank=2)],
-    "hydra + output scale": lambda: [Hydra(rank=2), Scale()],
+    "hydra + output scale": lambda: [Hydra(rank=2), IA3Scale()],
     "lora + hydra": lambda: [LoRA(rank=2), Hydra(rank=2)],
     "sltrain": lambda: [SLTrain(rank=2, density=0.2)],
     "sltrain + lora": lambda: [SLTrain(rank=2, density=0.2), LoRA(rank=1)],
@@ -75,9 +75,9 @@ METHODS: dict[str, Maker] = {
     "lora + spiel": lambda: [LoRA(rank=1), SpIEL(density=0.2)],
     "spiel + dora": lambda: [SpIEL(density=0.2), *DoRA(rank=1)],
     "lora dropout": lambda: [LoRADropout(rank=2)],
-    "output scale": lambda: [Scale()],
-    "input scale": lambda: [Scale(side="input")],
-    "output scale + lora": lambda: [Scale(), LoRA(rank=2)],
+    "output scale": lambda: [IA3Scale()],
+    "input scale": lambda: [IA3Scale(side="input")],
+    "output scale + lora": lambda: [IA3Scale(), LoRA(rank=2)],
     "sorsa + dora": lambda: [SORSA(rank=2), Magnitude()],
     "lora twice": lambda: [LoRA(rank=2), LoRA(rank=1)],
     "compander": lambda: [WeightCompander()],

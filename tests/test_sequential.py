@@ -16,7 +16,7 @@ from plait.errors import BadInput
 from plait.method import Method
 from plait.parametrize.base import attached
 from plait.parametrize.folding import fold
-from plait.parametrize.scaling import Scale
+from plait.parametrize.scaling import IA3Scale
 from plait.parametrize.sequential import Hydra, TwoBranches
 
 X = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))
@@ -90,7 +90,7 @@ LAYERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("below", [[], [LoRA(rank=1)], [Scale()]], ids=["alone", "on lora", "on a scale"])
+@pytest.mark.parametrize("below", [[], [LoRA(rank=1)], [IA3Scale()]], ids=["alone", "on lora", "on a scale"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_fast_path_is_the_definition_in_values_and_gradients(layer: str, below: list[Method]) -> None:
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_the_sequential_branch_reaches_only_what_the_layer_puts_out() -> None:
 
 def test_the_bias_of_a_stack_is_composed() -> None:
     """Two output scales multiply a bias, as they multiply the output."""
-    model = attach(nn.Sequential(nn.Linear(6, 5)), Scale(), Scale(), Hydra(rank=2), Scale(), size=0.5)
+    model = attach(nn.Sequential(nn.Linear(6, 5)), IA3Scale(), IA3Scale(), Hydra(rank=2), IA3Scale(), size=0.5)
     inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(fold(copy.deepcopy(model))(inputs), model(inputs), rtol=1e-5, atol=1e-6)
 

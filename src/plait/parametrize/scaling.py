@@ -56,7 +56,7 @@ class InputScale(Parametrization):
 
 
 @method
-class Scale(Adapter):
+class IA3Scale(Adapter):
     """y = l * (W x + b) for side "output", y = W (l * x) + b for "input": l starts at ones, all else is frozen."""
 
     side: Literal["output", "input"] = "output"
@@ -85,4 +85,4 @@ def IA3(
     >>> [(name, len(p)) for name, p in model.named_parameters() if p.requires_grad]
     [('k_proj.plait.scale.l', 2), ('fc2.plait.scale.l', 4)]
     """
-    return [Scale(where=outputs, side="output", train=train), Scale(where=inputs, side="input", train=train)]
+    return [IA3Scale(where=outputs, side="output", train=train), IA3Scale(where=inputs, side="input", train=train)]
