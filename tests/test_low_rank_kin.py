@@ -302,5 +302,5 @@ def test_what_the_states_take() -> None:
     basis, moment = 4 * 576 * 128, 4 * 128 * 1536
     assert taken[GaLore] == basis + 2 * moment
     assert taken[DCTAdam] == 8 * 128 + 2 * moment
-    assert taken[NaturalGaLore] == basis + (2 + 4) * moment + 8 * 16
+    assert taken[NaturalGaLore] == basis + (2 + 4) * moment + 4 * 16
     assert taken[GradNormLoRP] < 0.11 * adamw
