@@ -108,8 +108,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
             what = "label_smoothing_factor" if self.args.label_smoothing_factor else "compute_loss_func"
             raise BadInput(
-                f"{what} would replace the loss that methods change: leave it out, and give a method of the loss such as "
-                "LabelSmoothing."
+                f"{what} would replace the loss that methods change: leave it out, and give a method of the loss such "
+                "as LabelSmoothing."
             )
         if self.args.max_grad_norm and any(type(m).gradient is not Method.gradient for m in self.methods):
             self.args.max_grad_norm = 0.0  # a Clip method says where among the others clipping happens
