@@ -4,7 +4,7 @@
 
 Both add their adapters to a model that is loaded already and start them; they take turns in one process, on one thread.
 What reads data reads the same texts in batches of 4 x 128 tokens: EVA until its vectors settle, 16 batches at most in
-plait, as long as it takes in peft; LoRA-GA the gradient of 2 batches. LoftQ makes a base of 4 bits of it, in one round.
+plait, as long as it takes in peft; LoRA-GA the gradient of 2 batches. peft's LoftQ needs bitsandbytes and is left out.
 Residual: the root of the summed squares of W - scale * B A over all weights after PiSSA, beside the smallest possible
 one (from all singular values), which is peft's.
 """
@@ -50,7 +50,6 @@ def peft_start(model: nn.Module, kind: str) -> nn.Module:
     from peft.tuners.lora.loraga import preprocess_loraga
 
     options: dict[str, dict[str, Any]] = {
-        "loftq": {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
         "eva": {"eva_config": EvaConfig()},
         "lora_ga": {"lora_ga_config": LoraGAConfig()},
     }
@@ -72,17 +71,15 @@ def peft_start(model: nn.Module, kind: str) -> nn.Module:
 
 def plait_start(model: nn.Module, kind: str) -> tuple[nn.Module, float]:
     """Return the model, and when its adapters were there and started."""
-    from plait import EVA, AdamW, LoftQ, LoRA, LoRAGA, OLoRA, PiSSA, Quantize, train
+    from plait import EVA, AdamW, LoRA, LoRAGA, OLoRA, PiSSA, train
 
     starts = {
         "pissa": [PiSSA()], "olora": [OLoRA()], "eva": [EVA()], "lora_ga": [LoRAGA(batches=2)],
-        "loftq": [LoftQ()],
     }  # fmt: skip
-    base = [Quantize(bits=4, where=TARGETS)] if kind == "loftq" else []
     over = []
     train(
         model, texts().train, texts().loss, call=texts().call, steps=1, batch_size=4,
-        methods=[*base, LoRA(rank=RANK, alpha=RANK, where=TARGETS), *starts[kind], AdamW(lr=1e-4)],
+        methods=[LoRA(rank=RANK, alpha=RANK, where=TARGETS), *starts[kind], AdamW(lr=1e-4)],
         on_start=lambda now: over.append(time.perf_counter()),
     )  # fmt: skip
     return model, over[0]
@@ -112,7 +109,7 @@ def measured(side: Callable[[nn.Module, str], Any], kind: str) -> tuple[float, n
 
 
 def main() -> None:
-    kinds = ["pissa", "olora", "loftq", "eva", "lora_ga"]
+    kinds = ["pissa", "olora", "eva", "lora_ga"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--rounds", type=int, default=2)

@@ -1,5 +1,6 @@
 """Recipes read back equal, cannot run code, and are refused in one sentence when they cannot work."""
 
+import dataclasses
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -314,6 +315,17 @@ def test_text_that_looks_like_a_value_stays_text(name: str, tmp_path: Path) -> N
     assert made.name == name
     assert Recipe.parse(str(made)) == made
     assert load(dump({name: [name, 1e-3]}), "values") == {name: [name, 1e-3]}
+
+
+def test_every_line_of_a_recipe_is_kept() -> None:
+    text = (
+        "name: all\nmodel: mlp\ndata: {source: wine, rows: 90}\ntask: classification\nseed: 3\nfolded: true\n"
+        "validate_every: 4\ntrain: {steps: 5}\nmethods: [l2]"
+    )
+    made = Recipe.parse(text)
+    assert all(getattr(made, f.name) != f.default for f in dataclasses.fields(made))
+    assert Recipe.parse(str(made)) == made
+    assert made.with_("seed=4").validate_every == 4
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,7 @@ class Recipe(Section):
         config |= {"task": self.task} if self.task else {}
         config |= {"seed": self.seed} if self.seed else {}
         config |= {"folded": True} if self.folded else {}
+        config |= {"validate_every": self.validate_every} if self.validate_every else {}
         config |= {"train": train} if (train := given_values(self.train)) else {}
         entries = [(key, given) for entry in self.methods for key, given in entry.items()]
         return config | {"methods": [{key: dict(given)} if given else key for key, given in entries]}

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 FREE = ("steps", "save_every", "measure_every", "device", "nonfinite")
 """Options of training that may change when a run goes on: they do not change the weights that it has, or, like the
 steps, are the checkpoint's to judge."""
+ASIDE = ("name", "validate_every")
+"""What of a recipe has no part in its weights."""
 COSTS = ("measured", "seconds", "memory", "parameters")
 """What a run that takes no step cannot measure."""
 
@@ -101,7 +103,7 @@ def _take_over(recipe: Recipe, folder: Path | None, now: Now) -> None:
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     train = {key: value for key, value in config.pop("train", {}).items() if key not in FREE}
-    return {key: value for key, value in config.items() if key != "name"} | ({"train": train} if train else {})
+    return {key: value for key, value in config.items() if key not in ASIDE} | ({"train": train} if train else {})
 
 
 def run_recipe(
