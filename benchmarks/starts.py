@@ -6,7 +6,7 @@ Both add their adapters to a model that is loaded already and start them; they t
 What reads data reads the same texts in batches of 4 x 128 tokens: EVA until its vectors settle, 16 batches at most in
 plait, as long as it takes in peft; LoRA-GA the gradient of 2 batches. peft's LoftQ needs bitsandbytes and is left out.
 Residual: the root of the summed squares of W - scale * B A over all weights after PiSSA, beside the smallest possible
-one (from all singular values), which is peft's.
+one (from all singular values), which is peft's. The results file keeps what it has of other starts.
 """
 
 from __future__ import annotations
@@ -133,16 +133,20 @@ def main() -> None:
         best = {name: min(values) for name, values in seconds.items()}
         found[kind] = {"seconds": seconds, "ratio": round(best["plait"] / best["peft"], 4)}
         print(kind, json.dumps(found[kind]), flush=True)
-    ratios = [found[kind]["ratio"] for kind in given.starts]
+    earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = {kind: earlier[kind] for kind in kinds if kind in earlier} | found
+    ratios = [found[kind]["ratio"] for kind in kinds if kind in found]
     report = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
-        **{kind: found[kind] for kind in given.starts},
+        **{kind: found[kind] for kind in kinds if kind in found},
         "geometric mean": round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 4),
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
         "machine": f"{platform.processor() or platform.machine()}, 1 thread",
     }
+    residuals = "PiSSA's residual over peft's"
+    report |= {residuals: earlier[residuals]} if residuals in earlier else {}
     if "residual" in found:
-        report["PiSSA's residual over peft's"] = found["residual"]["plait"] / found["residual"]["peft"]
+        report[residuals] = found["residual"]["plait"] / found["residual"]["peft"]
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 

@@ -19,6 +19,7 @@ class OLoRA(Start):
     """B = Q_r, A = R_r, and the frozen weight becomes W - scale * B A, where W = Q R and Q_r, R_r are the first r
     columns of Q and rows of R.
 
+    Only the first r columns of W are decomposed: Q_r is theirs, and R_r = Q_r^T W.
     The columns of B are orthonormal. As in peft the factors are not divided by the scale, so at scale s the part
     s Q_r R_r is moved. The function is the base model's, up to rounding. Signs are those with a positive diagonal of R.
     Raises BadInput without LoRA adapters before it, and for weights that layers share.
@@ -36,7 +37,7 @@ class OLoRA(Start):
     def start(self, weight: Tensor, adapter: Parametrization) -> None:
         """Move the first rows of R into the adapter."""
         assert isinstance(adapter, LowRank)
-        q, r = torch.linalg.qr(wide(weight))
-        sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype)
-        sign, rank = sign[: adapter.rank], adapter.rank
-        move(weight, adapter, sign[:, None] * r[:rank], q[:, :rank] * sign)
+        whole = wide(weight)
+        q, r = torch.linalg.qr(whole[:, : adapter.rank])
+        q = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype)
+        move(weight, adapter, q.T @ whole, q)
