@@ -109,7 +109,7 @@ def measured(side: Callable[[nn.Module, str], Any], kind: str) -> tuple[float, n
 
 
 def main() -> None:
-    kinds = ["pissa", "olora", "eva", "lora_ga"]
+    kinds = ["pissa", "olora", "lora_ga", "eva"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--rounds", type=int, default=2)
