@@ -83,6 +83,6 @@ def IA3(
     >>> for part in IA3():
     ...     part.parametrize(model)
     >>> [(name, len(p)) for name, p in model.named_parameters() if p.requires_grad]
-    [('k_proj.plait.scale.l', 2), ('fc2.plait.scale.l', 4)]
+    [('k_proj.plait.ia3scale.l', 2), ('fc2.plait.ia3scale.l', 4)]
     """
     return [IA3Scale(where=outputs, side="output", train=train), IA3Scale(where=inputs, side="input", train=train)]
