@@ -4,9 +4,10 @@
 
 Both add their adapters to a model that is loaded already and start them; they take turns in one process, on one thread.
 What reads data reads the same texts in batches of 4 x 128 tokens: EVA until its vectors settle, 16 batches at most in
-plait, as long as it takes in peft; LoRA-GA the gradient of 2 batches. peft's LoftQ needs bitsandbytes and is left out.
-Residual: the root of the summed squares of W - scale * B A over all weights after PiSSA, beside the smallest possible
-one (from all singular values), which is peft's. The results file keeps what it has of other starts.
+plait, as long as it takes in peft; LoRA-GA the gradient of 2 batches, those of all layers at once, as in peft. peft's
+LoftQ needs bitsandbytes and is left out. Residual: the root of the summed squares of W - scale * B A over all weights
+after PiSSA, beside the smallest possible one (from all singular values), which is peft's. The results file keeps what
+it has of other starts.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def plait_start(model: nn.Module, kind: str) -> tuple[nn.Module, float]:
     from plait import EVA, AdamW, LoRA, LoRAGA, OLoRA, PiSSA, train
 
     starts = {
-        "pissa": [PiSSA()], "olora": [OLoRA()], "eva": [EVA()], "lora_ga": [LoRAGA(batches=2)],
+        "pissa": [PiSSA()], "olora": [OLoRA()], "eva": [EVA()], "lora_ga": [LoRAGA(batches=2, memory=1)],
     }  # fmt: skip
     over = []
     train(

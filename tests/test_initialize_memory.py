@@ -13,6 +13,7 @@ from plait import catalogue
 from plait.engine import Engine, as_data
 from plait.initialize import full_step, gradient_svd
 from plait.initialize.base import Start, groups
+from plait.initialize.gradient_svd import LoRAGA
 from plait.method import Method, Now
 from plait.oracle import oracle
 from plait.parametrize.base import dense_weight
@@ -101,15 +102,28 @@ def test_the_count_sees_what_it_is_to_see() -> None:
 )
 def test_groups_of_layers_start_as_all_at_once(key: str, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for share in (1.0, 0.0):
-        monkeypatch.setattr(place, "SHARE", share)
-        if not share:
+    for memory in (1.0, 0.0):
+        if not memory:
             monkeypatch.setattr(place, "groups", lambda chosen, *_, **__: ([found] for found in chosen))
         model, now = ready(adapters(key))
-        made(key, batches=2)[0].initialize(model, now)
+        made(key, batches=2, memory=memory)[0].initialize(model, now)
         found.append([dense_weight(layer) for block in model for layer in (block.up, block.down)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("memory", "passes"), [(0.1, 2), (0.5, 2), (1.0, 1)])
+def test_with_room_for_whole_gradients_the_batches_are_passed_over_once(memory: float, passes: int) -> None:
+    """At a half, two passes for whole gradients: as many as for sketches, and exact."""
+    model, now = ready(adapters("lora-ga"))
+    calibration, started = now.calibration, []
+    now.calibration = lambda count: (started.append(count), calibration(count))[1]
+    start = LoRAGA(batches=2, memory=memory)
+    start.initialize(model, now)
+    assert len(started) == passes
+    assert [whole for _, whole in start._groups(model, start.found(model))] == (
+        [False] if memory == 0.1 else [True] * passes
+    )
 
 
 def test_groups_hold_what_the_room_allows_and_at_least_one() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from plait.catalogue import paper
 from plait.errors import BadInput
-from plait.fields import Count, Positive
+from plait.fields import Count, NonNegative, Positive
 from plait.initialize.base import (
     SHARE,
     Found,
@@ -41,12 +41,14 @@ class LoRASB(Start):
     does not matter. Training starts at W + U_r S_r V_r^T, the best rank-r form of that first step.
 
     The sign needs a layer's whole gradient, which a sketch cannot give: layers are taken in groups whose gradients
-    together are below a tenth of the model (or one layer), each group with its own passes over the batches; they are
-    summed in float32 as the backward pass reaches them, and all of them are taken at W, with R = 0. Micro-batches and
-    processes give what one batch in one process gives, up to rounding where an entry of G is about 0. The factors are
-    not rounded to bfloat16, as the authors' code does.
+    together are below the part `memory` of the model (or one layer), each group with its own pass over the batches;
+    they are summed in float32 as the backward pass reaches them, and all of them are taken at W, with R = 0.
+    Micro-batches and processes give what one batch in one process gives, up to rounding where an entry of G is about 0.
+    The factors are not rounded to bfloat16, as the authors' code does.
 
     step_size: the learning rate of the first step, greater than 0; the authors take lr / (number of warmup steps).
+    memory: at least 0, what gradients may take at once, in units of the model's size; with room for all of them, 1 in
+    float32 and 2 in bfloat16, the batches are passed over once.
     Raises BadInput where no gradient arrives.
 
     >>> from plait import LoRAXS, train
@@ -60,6 +62,7 @@ class LoRASB(Start):
 
     batches: Count = 4
     step_size: Positive = 1e-4
+    memory: NonNegative = SHARE
 
     def found(self, model: nn.Module) -> list[Found]:
         """Return the adapters; a weight that several layers share has one gradient for all of them and is refused."""
@@ -79,7 +82,9 @@ class LoRASB(Start):
         for _, _, adapter in chosen:
             cast(Core, adapter).R.zero_()
         cores = []
-        for group in groups(chosen, lambda found: 4 * math.prod(matrix_shape(found[1])), SHARE * model_bytes(model)):
+        for group in groups(
+            chosen, lambda found: 4 * math.prod(matrix_shape(found[1])), self.memory * model_bytes(model)
+        ):
             gradients = self._gradients(model, now, group)
             for name, layer, adapter in group:
                 cores.append(self._start(name, layer, cast(Core, adapter), gradients))

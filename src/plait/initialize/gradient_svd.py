@@ -1,12 +1,13 @@
 """Starts from the gradient of the frozen weights, which is sketched while the backward pass runs.
 
 Only one layer's gradient is held at a time: a hook folds it into the layer's sketch and drops it. The sketches, in
-float32, are narrow: rank + 8 or 2 * rank + 8 columns. Layers whose sketches would together exceed a tenth of the model
-are taken in groups, each with its own passes over the batches.
+float32, are narrow: rank + 8 or 2 * rank + 8 columns. Layers whose sketches would together exceed a part of the model's
+size are taken in groups, each with its own passes over the batches; with room for them, gradients are summed whole.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from functools import partial
 
@@ -41,12 +42,17 @@ class GradientStart(Start):
     """A start from G = dL/dW, the mean over `batches` calibration batches, of each adapted layer's frozen weight.
 
     The model is in evaluation mode, so nothing is dropped and no running statistic moves. A large layer's gradient is
-    sketched (`SumSVD`) in 2 * `rounds` passes over the batches, each of them the same; small ones take one pass. The
-    sketches are linear, so micro-batches and processes give what one batch in one process gives.
+    sketched (`SumSVD`) in 2 * `rounds` passes over the batches, each of them the same, or summed whole in one pass
+    where `memory` allows it in fewer passes. Both are linear, so micro-batches and processes give what one batch in one
+    process gives.
+
+    memory: what sketches or sums may take at once, in units of the model's size, at least 0. With room for all sums, 1
+    in float32 and 2 in bfloat16, the batches are passed over once.
     """
 
     batches: Count = 4
     rounds: Count = 1
+    memory: NonNegative = SHARE
 
     def needed(self, rank: int) -> int:
         """Return how many triplets of the gradient an adapter of this rank needs."""
@@ -67,8 +73,10 @@ class GradientStart(Start):
         refuse_stacked(self, chosen)
         return chosen
 
-    def gradients(self, model: nn.Module, now: Now, group: list[Found] | None = None) -> dict[str, SumSVD]:
-        """Return the sketch of each layer's summed gradient, of all layers or of a group, after the last pass."""
+    def gradients(
+        self, model: nn.Module, now: Now, group: list[Found] | None = None, whole: bool = False
+    ) -> dict[str, SumSVD]:
+        """Return the sketch, or the `whole`, of each layer's summed gradient, of all layers or of a group."""
         if now.ask is None:
             raise BadInput(f"{type(self).__name__} needs gradients: use it inside plait.train, or set now.ask.")
         chosen = self.found(model)
@@ -84,7 +92,7 @@ class GradientStart(Start):
             for name, layer, adapter in chosen if group is None else group:
                 weight = own_weight(layer)
                 seed = now.generator.initial_seed() % 2**31 + numbers[name]
-                sketches[name] = SumSVD(matrix_shape(layer), self._width(adapter), seed, weight.device)
+                sketches[name] = SumSVD(matrix_shape(layer), self._width(adapter), seed, weight.device, whole)
                 weight.requires_grad_(True)
                 hook = partial(fold_in, name=name, layer=layer)
                 hooks.enter_context(weight.register_post_accumulate_grad_hook(hook))
@@ -113,6 +121,26 @@ class GradientStart(Start):
                 if not last:
                     sketch.turn()
 
+    def _groups(self, model: nn.Module, chosen: list[Found]) -> list[tuple[list[Found], bool]]:
+        """Return the groups of adapters, and whether their gradients are summed whole: whichever takes fewer passes."""
+
+        def sketch(found: Found) -> int:
+            return 4 * SumSVD.numbers(matrix_shape(found[1]), self._width(found[2]))
+
+        def gradient(found: Found) -> int:
+            return 4 * math.prod(matrix_shape(found[1]))
+
+        def left(found: Found) -> int:
+            return sum(p.numel() * p.element_size() for p in found[2].parameters())
+
+        def passes(group: list[Found]) -> int:
+            return 1 if all(sketch(found) == gradient(found) for found in group) else 2 * self.rounds
+
+        room, adapters = self.memory * model_bytes(model), sum(map(left, chosen))
+        sketched, summed = (list(groups(chosen, held, room, left, least=adapters)) for held in (sketch, gradient))
+        whole = len(summed) <= sum(map(passes, sketched))
+        return [(group, whole) for group in (summed if whole else sketched)]
+
     def _width(self, adapter: Parametrization) -> int:
         assert isinstance(adapter, LowRank)
         return self.needed(adapter.rank) + OVERSAMPLE
@@ -123,15 +151,8 @@ class GradientStart(Start):
         chosen = self.found(model)
         made: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def held(found: Found) -> int:
-            return 4 * SumSVD.numbers(matrix_shape(found[1]), self._width(found[2]))
-
-        def left(found: Found) -> int:
-            return sum(p.numel() * p.element_size() for p in found[2].parameters())
-
-        room, adapters = SHARE * model_bytes(model), sum(map(left, chosen))
-        for group in groups(chosen, held, room, left, least=adapters):
-            sketches = self.gradients(model, now, group)
+        for group, whole in self._groups(model, chosen):
+            sketches = self.gradients(model, now, group, whole)
             for name, _, adapter in group:
                 assert isinstance(adapter, LowRank)
                 triplets = sketches.pop(name).svd(self.needed(adapter.rank), self.batches)
@@ -157,9 +178,10 @@ class LoRAGA(GradientStart):
     function is the base model's, up to rounding; with a small gamma the moved part is large beside W.
 
     gamma: greater than 0; the larger, the smaller the start. batches: over which the gradient is averaged. rounds:
-    pairs of passes for a sketched gradient. Where 2r is above a side of the weight, the columns of B for which there is
-    no vector start at zero, and the first step follows all of G. Raises BadInput where no gradient arrives, and for
-    shared weights.
+    pairs of passes for a sketched gradient. memory: at least 0, what sketches may take at once, in units of the model's
+    size; with room for whole gradients, 1 in float32 and 2 in bfloat16, these are summed in one pass over the batches.
+    Where 2r is above a side of the weight, the columns of B for which there is no vector start at zero, and the first
+    step follows all of G. Raises BadInput where no gradient arrives, and for shared weights.
 
     >>> from plait import LoRA, train
     >>> x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
@@ -196,9 +218,9 @@ class LocallyOptimal(GradientStart):
     The start of `RiemannLoRA`, which needs a point of rank r. The published text was not at hand: the formula, its sign
     and the size are an implementation's.
 
-    size: greater than 0, the Frobenius norm of the update. batches, rounds: as for LoRAGA. Where G is of a lower rank
-    than 2r, V's vectors are taken from the first on again; where it is below r, the columns of B that are left are 0.
-    Raises BadInput without LoRA adapters, where no gradient arrives, and for weights that layers share.
+    size: greater than 0, the Frobenius norm of the update. batches, rounds, memory: as for LoRAGA. Where G is of a
+    lower rank than 2r, V's vectors are taken from the first on again; where it is below r, the columns of B that are
+    left are 0. Raises BadInput without LoRA adapters, where no gradient arrives, and for weights that layers share.
 
     >>> from plait import LoRA, train
     >>> x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
@@ -244,8 +266,8 @@ class LoRAOne(GradientStart):
 
     gamma: greater than 0; the larger, the shorter the first step. precondition: off by default, as in the released
     code; Adam rescales what it gives, plain gradient descent does not. damping: of the preconditioner, at least 0.
-    batches, rounds: as for LoRAGA. Put it after methods that clip, so that what they see is the plain gradient. Raises
-    BadInput without LoRA adapters, where no gradient arrives, and for weights that layers share.
+    batches, rounds, memory: as for LoRAGA. Put it after methods that clip, so that what they see is the plain gradient.
+    Raises BadInput without LoRA adapters, where no gradient arrives, and for weights that layers share.
 
     >>> from plait import LoRA, train
     >>> x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))

@@ -182,13 +182,17 @@ class SumSVD:
 
     Pass 1 sums Y = G Omega, pass 2 sums Z = Q^T G with Q = orth(Y); Q Z is the sketch of Halko et al., and each further
     pair of passes starts from orth(Z^T) and is one power iteration. Being linear in G, the sketch is the same however
-    the sum was split among micro-batches or processes. It holds width * (out + in) numbers; a matrix with a side of at
-    most `width` is summed as it is, which takes a single pass and is exact.
+    the sum was split among micro-batches or processes. It holds width * (out + in) numbers.
+
+    whole: sum the matrices as they are, which takes a single pass and out * in numbers; so it is always for a matrix
+    with a side of at most `width`.
     """
 
-    def __init__(self, shape: tuple[int, int], width: int, seed: int, device: torch.device) -> None:
-        self.direct = width >= min(shape)
-        self.shape, self.seen, self.left = shape, 0, True
+    def __init__(
+        self, shape: tuple[int, int], width: int, seed: int, device: torch.device, whole: bool = False
+    ) -> None:
+        self.direct = whole or width >= min(shape)
+        self.shape, self.seed, self.seen, self.left = shape, seed, 0, True
         self.sum = torch.zeros(shape if self.direct else (shape[0], width), device=device)
         if not self.direct:
             drawn = torch.randn(shape[1], width, generator=torch.Generator().manual_seed(seed))
@@ -223,5 +227,8 @@ class SumSVD:
 
     def svd(self, rank: int, divisor: float = 1.0) -> Triplets:
         """Return the `rank` largest triplets of the sum / divisor, after the last pass."""
+        if self.direct:
+            u, s, vh = sketched_svd(self.sum, rank, seed=self.seed)
+            return u, s / divisor, vh
         u, s, vh = gram_svd(self.sum / divisor, rank)
-        return (u, s, vh) if self.direct else signed(self.other @ u, s, vh)
+        return signed(self.other @ u, s, vh)
