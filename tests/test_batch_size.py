@@ -171,6 +171,15 @@ def test_a_loose_test_changes_no_size() -> None:
     assert set(batches) == {8}
 
 
+def test_pieces_of_one_example_are_refused_under_batch_normalization() -> None:
+    model, data = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)), torch.randn(16, 4)
+    methods = [AdaptiveBatchSize(pieces=8), AdaGrad(lr=0.1)]
+    with pytest.raises(BadInput, match="AdaptiveBatchSize needs each example alone, and '1' mixes them"):
+        train(model, (data, data[:, :2]), methods=methods, steps=1, batch_size=8)
+    run = train(model, (data, data[:, :2]), methods=methods, steps=1, batch_size=16)  # two examples a piece
+    assert math.isfinite(run.history[-1]["objective"])
+
+
 def test_a_host_that_chooses_the_batches_refuses() -> None:
     with pytest.raises(BadInput, match="call AdaptiveBatchSize"):
         PlaitCallback(AdaptiveBatchSize())

@@ -105,6 +105,11 @@ def test_what_chooses_its_weights_after_the_optimizer_was_made_is_refused(tmp_pa
         fit(tmp_path, LoRA(rank=2, where="2"), SPT(where="0", share=0.5))
 
 
+def test_what_trains_nothing_before_its_start_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="SPT leaves nothing to train before its start, and Lightning asks for the opt"):
+        fit(tmp_path, SPT(share=0.5))
+
+
 def test_several_asks_with_accumulation_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="accumulate_grad_batches"):
         fit(tmp_path, Twice(), accumulate_grad_batches=2)

@@ -158,6 +158,26 @@ def test_an_adapter_on_weights_that_another_was_folded_into_is_an_update_of_the_
     assert far(base(x), model(x)) < 1e-5
 
 
+@pytest.mark.parametrize("part", ["0", "3"])
+def test_layers_trained_whole_beside_an_adapter_are_kept_whole(part: str, tmp_path: Path) -> None:
+    """An embedding and a linear map, whose updates are of full rank: as a model, as files, and cut off when asked."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(24, 8), nn.Linear(8, 8))
+    x = torch.randint(20, (64, 3))
+    adapted = LoRA(rank=2, where="2", train=part)
+    model = train(copy.deepcopy(base), (x, torch.randn(64, 8)), methods=[adapted, AdamW(lr=1e-2)], steps=5).model
+    save_adapter(model, tmp_path)
+    assert Adapters(copy.deepcopy(base)).add("cut", model, rank=2) > 0.1
+    adapters = Adapters(base)
+    assert adapters.add("model", model) == 0
+    adapters.add("files", tmp_path)
+    for name in ("model", "files"):
+        adapters.switch(name)
+        assert far(base(x), model(x)) < 1e-6
+    adapters.switch(None)
+    assert far(base(x), model(x)) > 1e-3
+
+
 def test_a_where_that_is_no_pattern_is_refused() -> None:
     with pytest.raises(BadInput, match=r"where is '\(', which is no regular expression"):
         LoRA(where="(").parametrize(nn.Sequential(nn.Linear(2, 2)))

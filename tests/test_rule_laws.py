@@ -399,8 +399,11 @@ def test_sparse_gradients_and_complex_weights_are_refused(key: str) -> None:
     optimizer = made(key, model)
     gradients(model, torch.Generator().manual_seed(1))
     model.large.grad = torch.ones(18, 300).to_sparse()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(BadInput, match="build the embedding with sparse=False"):
         optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(state.get("step") for state in optimizer.state.values())
     model.register_parameter("wave", nn.Parameter(torch.ones(20, 4, dtype=torch.complex64)))
     with pytest.raises(BadInput, match="is not defined for complex weights"):
         made(key, model)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from plait.batch import Batch
 from plait.catalogue import paper
 from plait.fields import Count, Positive, Range
+from plait.layers import refuse_batch_norm
 from plait.method import Ask, Method, Now, method
 from plait.sharding import full, world_size
 
@@ -34,7 +35,7 @@ class AdaptiveBatchSize(Method):
     accumulation does, and for "inner-product" the memory of `pieces` gradients. tolerance: eta or theta of the paper.
     Place it before other gradient methods. A grown batch is worked through in more micro-batches, no larger than
     before, and since a run has its number of steps, not of examples, steps then take longer. Raises BadInput for fewer
-    than 2 pieces, and beside FullBatch.
+    than 2 pieces, for pieces of one example in a model with batch normalization, and beside FullBatch.
 
     Inner products are those of all weights together, as in the equations; the authors' code adds up one per weight.
 
@@ -66,6 +67,8 @@ class AdaptiveBatchSize(Method):
             before = [p.grad for p in wanted]
             mass = _of_all(whole.mass()).clamp_min(1e-12)
             count = _least_of_all(min(self.pieces, len(whole)), mass.device)
+            if count == len(whole):
+                refuse_batch_norm(self, model)
             value, parts, spread = torch.zeros((), device=mass.device), dict[str, float](), Spread()
             for piece in pieces(whole, count):
                 for p in wanted:

@@ -78,6 +78,11 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
             )
         for m in self.methods:
             m.parametrize(network)
+        if self.methods and not any(p.requires_grad for p in network.parameters()):
+            raise BadInput(
+                f"{type(self.methods[0]).__name__} leaves nothing to train before its start, and Lightning asks for "
+                "the optimizer before that: use plait.train or transformers' Trainer for it."
+            )
         if any(type(m).optimizer is not Method.optimizer for m in self.methods):
             pl_module.configure_optimizers = lambda: optimizer_for(self.methods, network)
 

@@ -74,14 +74,15 @@ def update_of(model: nn.Module, base: nn.Module | None = None, rank: int | None 
     """Return what training made of a base.
 
     base: the model before training, of the same kind; needed where its own weights were trained or folded into. rank:
-    where to cut off what is of a higher rank. Without it an update that is no low-rank one raises BadInput.
+    where to cut off what is of a higher rank. Without it what was trained whole beside adapters is kept whole, and
+    another update that is no low-rank one raises BadInput.
     """
     model, base = unwrapped(model), None if base is None else unwrapped(base)
     refuse_prompts(model, "written as low-rank updates")
     if rank is not None and rank < 1:
         raise BadInput(f"rank is {rank}: give at least 1.")
     made = Update(origin=origin_of(model) if base is None else origin_of(base))
-    whole = [] if base is None else changed_beside(model, base)
+    whole = [] if base is None else changed_beside(model, base, cut=rank is not None)
     same = {} if base is None else compared(origin_of(model), origin_of(base))
     adapted = any(stack(layer) for layer in model.modules())
     for name, layer in model.named_modules():
@@ -284,12 +285,15 @@ def trained_beside(model: nn.Module) -> list[str]:
     return names
 
 
-def changed_beside(model: nn.Module, base: nn.Module) -> list[str]:
-    """Return the smallest layers, other than linear maps that are not new, which hold something the base has not."""
+def changed_beside(model: nn.Module, base: nn.Module, cut: bool = True) -> list[str]:
+    """Return the smallest layers which hold something that the base has not, other than linear maps whose update is
+    of low rank: not those that are new, nor, unless it is to be cut off, those that were trained whole beside adapters.
+    """
     before, names = dict(_tensors(base)), []
+    beside = [] if cut else _trained_whole(model)
     for name, tensor in _tensors(model):
         owner = name.rpartition(".")[0]
-        linear = is_linear_map(model.get_submodule(owner)) and not is_fresh(model, name)
+        linear = is_linear_map(model.get_submodule(owner)) and not is_fresh(model, name) and owner not in beside
         if owner in names or linear:
             continue
         if name not in before or before[name].shape != tensor.shape:
@@ -302,7 +306,14 @@ def changed_beside(model: nn.Module, base: nn.Module) -> list[str]:
     return names
 
 
+def _trained_whole(model: nn.Module) -> list[str]:
+    """Return the linear maps without adapters whose weights are trained, where other layers have adapters."""
+    layers = [(name, layer) for name, layer in model.named_modules() if is_linear_map(layer)]
+    whole = [name for name, layer in layers if not stack(layer) and own_weight(layer).requires_grad]
+    return whole if any(stack(layer) for _, layer in layers) else []
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if ".plait." not in f".{name}":
             yield name, tensor.detach()

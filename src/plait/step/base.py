@@ -215,6 +215,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
+            raise BadInput(
+                f"{type(self.method).__name__} needs dense gradients: build the embedding with sparse=False."
+            )
         self.advance()
         return loss
 
@@ -226,10 +230,6 @@ class RuleOptimizer(torch.optim.Optimizer):
                 number += 1
                 if p.grad is None:
                     continue
-                if p.grad.is_sparse:
-                    raise BadInput(
-                        f"{type(self.method).__name__} needs dense gradients: build the embedding with sparse=False."
-                    )
                 state = self.state[p]
                 state["step"] = state.get("step", 0) + 1
                 if self.method.takes_whole(p, group):

@@ -85,7 +85,7 @@ class TangentOptimizer(RuleOptimizer):
         passed = []
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None or p.grad.is_sparse or not p.numel() or self.method.takes_whole(p, group):
+                if p.grad is None or not p.numel() or self.method.takes_whole(p, group):
                     continue
                 rows = tangent_rows(p, p.grad, group["delta"])
                 if rows:

@@ -43,7 +43,7 @@ class TogetherOptimizer(RuleOptimizer):
         total = torch.zeros((), dtype=torch.float64)
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and not p.grad.is_sparse:
+                if p.grad is not None:
                     gradient = (states.share(p)[1] if is_sharded(p) else p.grad).to(exact(p.dtype))
                     gradient = -gradient if group["maximize"] else gradient
                     total += self.method.square(gradient, self.state[p], group, norm_over(p)).cpu()
