@@ -112,6 +112,22 @@ def test_rows_in_batches_give_the_centred_decomposition() -> None:
     torch.testing.assert_close(incremental.explained(), S.double() ** 2 / S.double().square().sum(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(400, 90), (90, 400)])
+def test_rows_in_batches_keep_almost_as_much_as_the_best_vectors(rows: int, width: int) -> None:
+    """Each batch is decomposed roughly, from the vectors before: what they keep of the variance is what counts."""
+    spread = torch.linspace(0, -2, width).exp()
+    batches = [drawn(rows, width, seed=s) * spread + 1 for s in range(5)]
+    incremental = RowSVD(12)
+    for batch in batches:
+        incremental.add(batch)
+    whole = torch.cat(batches)
+    whole -= whole.mean(0)
+    best = float(torch.linalg.svdvals(whole)[:12].square().sum())
+    kept = float((whole @ incremental.vectors.T).square().sum())
+    assert 0.9 < kept / best < 1.0001
+    torch.testing.assert_close(incremental.vectors @ incremental.vectors.T, torch.eye(12), rtol=0, atol=1e-4)
+
+
 def test_the_sketch_of_a_sum_does_not_depend_on_how_it_is_split() -> None:
     whole = decaying(80, 60)
     parts = [drawn(80, 60, seed=s) for s in (1, 2)]

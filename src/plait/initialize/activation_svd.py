@@ -144,8 +144,8 @@ class EVA(ActivationStart):
         return max(adapter.rank, min(round(adapter.rank * self.rho), full))
 
     def settled(self, before: Tensor, after: Tensor) -> bool:
-        """Say whether every vector has a cosine of at least tau with the one before it."""
-        return self.tau < 1 and bool(((before * after).sum(1) >= self.tau).all())
+        """Say whether every vector has a cosine of at least tau with the one before it, up to sign."""
+        return self.tau < 1 and bool(((before * after).sum(1).abs() >= self.tau).all())
 
     @torch.no_grad()
     def initialize(self, model: nn.Module, now: Now) -> None:

@@ -76,12 +76,13 @@ def orthonormal(columns: Tensor) -> Tensor:
     return basis
 
 
-def sketched_svd(matrix: Tensor, rank: int, iterations: int = 2, seed: int = 0) -> Triplets:
+def sketched_svd(matrix: Tensor, rank: int, iterations: int = 2, seed: int = 0, near: Tensor | None = None) -> Triplets:
     """Return about the `rank` largest triplets by randomized subspace iteration (Halko, Martinsson and Tropp, 2011).
 
     With M the matrix, lying so that its columns are the fewer: Q = orth((M^T M)^iterations Omega), where Omega has
     rank + 8 Gaussian columns, then the decomposition of the narrow M Q. iterations: at least 1; the error falls with
-    each. A matrix with a side of at most rank + 8 is decomposed exactly.
+    each. near: right singular vectors [k, in], k <= rank, of a matrix like M, to start from in place of as many of the
+    Gaussian ones. A matrix with a side of at most rank + 8 is decomposed exactly.
 
     >>> draw = torch.Generator().manual_seed(0)
     >>> m = torch.randn(40, 3, generator=draw) @ torch.randn(3, 30, generator=draw)
@@ -96,6 +97,8 @@ def sketched_svd(matrix: Tensor, rank: int, iterations: int = 2, seed: int = 0) 
     narrow = matrix if tall else matrix.T
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(narrow.shape[1], width, generator=generator).to(matrix)
+    if near is not None and len(near):
+        basis[:, : len(near)] = near.T if tall else matrix @ near.T.to(matrix)
     for _ in range(iterations):
         basis = orthonormal(narrow.T @ (narrow @ basis))
     u, s, vh = gram_svd(narrow @ basis, rank)
@@ -145,7 +148,8 @@ class RowSVD:
     """The right singular vectors of centred rows that arrive in batches (Ross et al., 2008): memory [rank, in].
 
     After all rows X [n, in] were added: `values`, `vectors` are about the largest singular values and right singular
-    vectors of X - mean(X), exactly so while nothing had to be cut off; `total` is the sum of all squared values.
+    vectors of X - mean(X), up to rounding while nothing had to be cut off; `total` is the sum of all squared values.
+    Each addition is decomposed by subspace iteration, from the vectors that were there before.
     """
 
     def __init__(self, rank: int) -> None:
@@ -166,7 +170,7 @@ class RowSVD:
         shift = weight * (self.mean - mean)
         self.total = self.total + centred.double().square().sum() + shift.double().square().sum()
         stacked = torch.cat([self.values[:, None] * self.vectors, centred, shift[None]])
-        _, values, vectors = gram_svd(stacked, min(self.rank, *stacked.shape))
+        _, values, vectors = sketched_svd(stacked, min(self.rank, *stacked.shape), near=self.vectors)
         real = values > 1e-6 * values[:1]  # the rest is rounding of rows that span less
         self.values, self.vectors = values[real], vectors[real]
         self.mean = self.mean + (mean - self.mean) * (count / (self.count + count))
