@@ -9,6 +9,7 @@ from torch import nn
 
 from plait import train
 from plait.data.batch_size import AdaptiveBatchSize
+from plait.finish.average import EMA
 from plait.gradient.low_rank import LoRAPro
 from plait.gradient.module_variance import AGVM
 from plait.measure.coherence import Coherence
@@ -42,6 +43,14 @@ class Net(nn.Module):
         return self.head(inputs) * 1.0
 
 
+class Normalized(Net):
+    """With running statistics behind the first block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks.insert(1, nn.BatchNorm1d(6))
+
+
 METHODS: dict[str, list[Method]] = {
     "full": [],
     "lora": [LoRA(rank=2)],
@@ -57,6 +66,7 @@ METHODS: dict[str, list[Method]] = {
     "hft": [HFT(period=2)],
     "agvm": [AGVM(every=1, adaptive=True)],
     "lora-pro": [LoRA(rank=2), LoRAPro(adam=True), SGD(lr=0.05)],
+    "average": [EMA(decay=0.9)],
     "measured": [
         GaLore(rank=2, period=2, lr=0.01),
         *(HessianSpectrum(), Coherence(), GeneralizationGap(), SubspaceAngle()),
@@ -69,9 +79,9 @@ def main() -> None:
     sharding, name, folder, steps = sys.argv[1:5]
     torch.manual_seed(0)
     inputs = torch.randn(64, 6)
-    methods = METHODS[name]
+    methods, net = METHODS[name], Normalized() if name == "average" else Net()
     run = train(
-        Net(), (inputs, (inputs.sum(1) > 0).long()), methods=methods, steps=int(steps), batch_size=16, accumulate=2,
+        net, (inputs, (inputs.sum(1) > 0).long()), methods=methods, steps=int(steps), batch_size=16, accumulate=2,
         sharding=sharding, device="cpu", folder=folder if folder != "-" else None, measure_every=2,
     )  # fmt: skip
     state = [t.double() for t in run.model.state_dict().values()]

@@ -115,6 +115,10 @@ def test_a_process_without_an_example_adds_nothing(rows: int, processes: int, tm
         np.testing.assert_allclose(end, ends[0], atol=TOLERANCE)
 
 
+def test_statistics_for_averaged_weights_are_those_of_all_processes() -> None:
+    assert launch(2, "none", "average")["apart"] == 0.0
+
+
 def test_two_processes_train_the_same_entries() -> None:
     assert_close(launch(2, "none", "sparse"), launch(1, "none", "sparse"))
 

@@ -15,7 +15,7 @@ from plait.fields import Count, Fraction, Probability
 from plait.layers import evaluating, matches_weight
 from plait.math.update_rule import exact
 from plait.method import Method, Now, method
-from plait.sharding import full
+from plait.sharding import averaged, full
 
 
 @method
@@ -143,3 +143,6 @@ def gather_statistics(model: nn.Module, now: Now) -> None:
             now.call(model, batch.inputs)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+            for statistic in (norm.running_mean, norm.running_var):
+                if statistic is not None:
+                    averaged(statistic)  # each process sees its share of the batches
