@@ -6,6 +6,11 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 
 from plait.checkpoint import load_optimizer, optimizer_state
@@ -54,6 +59,13 @@ def run(key: str, sharded: bool, states: str) -> dict[str, torch.Tensor]:
             held = optimizer_state(model, optimizer)
             optimizer = made(key, model, weight_decay=0.1, states=states)
             load_optimizer(model, optimizer, *held)
+        if step == 2 and sharded and states == "float32":  # torch's own distributed checkpoints do so too
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            whole = get_optimizer_state_dict(model, optimizer, options=options)
+            optimizer = made(key, model, weight_decay=0.1, states=states)
+            optimizer.zero_grad()
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_optimizer_state_dict(model, optimizer, whole, options=options)
     return {name: full(p.detach()) for name, p in model.named_parameters()}
 
 

@@ -84,6 +84,8 @@ class AdaGradNorm(Together):
 
     def square(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], norm: Norm) -> Tensor:
         """Return the sum of a weight's squared gradient lengths: b^2 is the sum over weights."""
-        squares: Tensor = state.get("squares", 0.0) + norm(gradient).square()
+        # One number, with a dimension, where torch's distributed checkpoints look for the device, and not the weight's.
+        shape = (1,) * (gradient.dim() + 1)
+        squares: Tensor = state.get("squares", 0.0) + norm(gradient).square().reshape(shape)
         state["squares"] = squares
-        return squares
+        return squares.sum()

@@ -48,7 +48,7 @@ class TogetherOptimizer(RuleOptimizer):
                     gradient = -gradient if group["maximize"] else gradient
                     total += self.method.square(gradient, self.state[p], group, norm_over(p)).cpu()
                 elif p.grad is None and "squares" in self.state.get(p, {}):
-                    total += self.state[p]["squares"].cpu()
+                    total += self.state[p]["squares"].sum().cpu()
         for group in self.param_groups:
             group["length"] = float(total.sqrt())
         super().advance()
