@@ -11,11 +11,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from plait.checkpoint import load_optimizer, optimizer_state
 from plait.errors import BadInput
 from plait.sharding import full, is_sharded, leave, like
+from plait.step.momentum import SGD
 from rules import RULES, made
 
 STEPS = 4
@@ -69,6 +72,18 @@ def run(key: str, sharded: bool, states: str) -> dict[str, torch.Tensor]:
     return {name: full(p.detach()) for name, p in model.named_parameters()}
 
 
+def partial_gradients(fused: bool) -> list[torch.Tensor]:
+    """Step replicated weights whose gradients have yet to be summed over the processes, as under tensor parallelism."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weights = [nn.Parameter(DTensor.from_local(torch.zeros(64, 64), mesh, [Replicate()])) for _ in range(6)]
+    rule = SGD(weights, lr=1.0, momentum=0.0)
+    rule.fused = fused
+    for number, weight in enumerate(weights, 1):
+        weight.grad = DTensor.from_local(torch.full((64, 64), float(number)), mesh, [Partial()])
+    rule.step()
+    return [full(weight.detach()) for weight in weights]
+
+
 def main() -> None:
     """Print the largest difference of each rule, or the sentence that refuses it."""
     dist.init_process_group("gloo")
@@ -82,6 +97,8 @@ def main() -> None:
                 found[f"{key} {states}"] = str(problem)
                 continue
             found[f"{key} {states}"] = max(float((alone[n] - together[n]).abs().max()) for n in alone)
+    ends = zip(partial_gradients(True), partial_gradients(False), strict=True)
+    found["partial gradients"] = max(float((one - other).abs().max()) for one, other in ends)
     if dist.get_rank() == 0:
         print(json.dumps(found))
 

@@ -19,6 +19,7 @@ from plait.gradient.sharpness import AMP, GAM, SAM
 from plait.method import Ask, Now
 from plait.schedule import Switch
 from plait.step.adam import AdamW
+from plait.step.gauss_newton import EGN
 from plait.train import train
 
 SHARP = [SAM(radius=0.1), AMP(radius=0.1, ascents=2), GAM(strength=0.5, radius=0.1)]
@@ -292,3 +293,12 @@ def test_what_cannot_work_is_refused() -> None:
     ):
         with pytest.raises(BadInput, match=message):
             make()
+
+
+@pytest.mark.parametrize("method", [*SHARP, Clip(norm=1.0), GradientNoise(), EGN()])
+def test_sparse_gradients_are_refused_before_anything_reads_them(method: Any) -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(8, 2))
+    data = (torch.randint(0, 10, (8, 2)), torch.randint(0, 2, (8,)))
+    methods = [method] if isinstance(method, EGN) else [method, AdamW(lr=0.1)]
+    with pytest.raises(BadInput, match=r"needs dense gradients, and that of '0.weight' is sparse"):
+        train(model, data, methods=methods, steps=1)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import plait.math.logits as logits_module
 from plait.batch import IGNORE, Batch
 from plait.errors import BadInput
+from plait.gradient.sharpness import SAM
 from plait.loss.base import cross_entropy
 from plait.loss.chunked import call_with_chunked_logits
 from plait.loss.own_targets import ELR, PSKD
@@ -20,6 +21,8 @@ from plait.math.logits import Logits, dense, statistics
 from plait.method import Now
 from plait.parametrize.low_rank import LoRA
 from plait.schedule import Linear
+from plait.step.gauss_newton import EGN
+from plait.step.momentum import SGD
 from plait.train import train
 
 CLASSES = 5003  # more than one block of the kernel, and no multiple of anything
@@ -448,3 +451,25 @@ def test_threads_do_not_change_the_result():
         found.append(leaf.grad)
     torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("loss", [ELR(), PSKD()])
+def test_what_remembers_trains_under_a_rule_that_computes_in_float64(loss: ELR | PSKD) -> None:
+    x, y = torch.randn(16, 4), torch.randint(0, 3, (16,))
+    run = train(nn.Linear(4, 3), (x, y), methods=[loss, EGN()], steps=3, batch_size=8)
+    assert all(math.isfinite(h["objective"]) for h in run.history)
+
+
+def test_predictions_at_perturbed_weights_are_not_remembered() -> None:
+    """SAM asks a second time, away from the model: PS-KD's teacher is the model itself."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randint(0, 3, (8,))
+    before = F.softmax(model(x), -1).detach()
+    seen: list[Tensor] = []
+
+    def look(now: Now) -> bool:
+        seen.append(next(m["latest"] for m in now.memory.values() if "latest" in m)[:8].clone())
+        return False
+
+    train(model, (x, y), methods=[PSKD(), SAM(radius=2.0), SGD(lr=0.1)], steps=1, batch_size=8, on_step=look)
+    torch.testing.assert_close(seen[0], before)

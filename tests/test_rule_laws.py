@@ -244,6 +244,21 @@ def test_without_numba_every_rule_takes_the_plain_loop_after_one_notice(monkeypa
     assert [str(w.message).partition(":")[0] for w in seen] == ["numba is not installed"]
 
 
+def test_an_installed_numba_that_cannot_be_imported_is_told_and_the_plain_loop_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(name: str) -> None:
+        raise ImportError("Numba needs NumPy 2.3 or less")
+
+    monkeypatch.setattr(kernels, "_COMPILED", {})
+    monkeypatch.setattr(kernels.importlib, "import_module", refuse)
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    with pytest.warns(UserWarning, match=r"numba cannot be imported \(Numba needs NumPy 2.3 or less\): optimizers run"):
+        AdamW([weight], lr=0.1, weight_decay=0.0).step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
+
+
 # -- the contract of an optimizer
 # ----------------------------------------------------------------------------------------
 def through_a_file(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -409,6 +424,27 @@ def test_sparse_gradients_and_complex_weights_are_refused(key: str) -> None:
         made(key, model)
 
 
+@pytest.mark.parametrize("rule", [AdamW, Lion])
+def test_a_graph_from_before_a_step_cannot_be_differentiated_after_it(rule: type[Rule]) -> None:
+    """As with torch's own optimizers: the weights that its gradient needs are gone."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer, x = rule(model.parameters(), lr=0.1), torch.randn(5, 4)
+    one, two = model(x).square().sum(), model(x).abs().sum()
+    one.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        two.backward()
+
+
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    weight = nn.Parameter(torch.zeros(5))
+    weight.sum().backward()
+    weight.data = torch.zeros(4000)
+    with pytest.raises(BadInput, match=r"shape \(4000,\) has a gradient of shape \(5,\): call zero_grad"):
+        AdamW([weight], lr=1.0).step()
+    assert not weight.any()
+
+
 @every_rule
 def test_float64_weights_are_stepped_in_float64(key: str) -> None:
     torch.manual_seed(0)
@@ -468,6 +504,7 @@ def test_sharded_is_unsharded() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found.pop("partial gradients") == 0
     assert {case.split()[0] for case in found} == set(KEYS)
     for case, difference in found.items():
         if case.split()[0] in ALONE:

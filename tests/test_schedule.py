@@ -13,6 +13,8 @@ from torch.optim import lr_scheduler
 
 from plait.errors import BadInput
 from plait.schedule import Cosine, Linear, Schedule, Switch, WarmupStableDecay, from_config
+from plait.step.momentum import SGD
+from plait.train import train
 
 STEPS = 60
 
@@ -103,3 +105,17 @@ def test_a_cosine_without_a_cycle_is_refused(fields: dict[str, Any]) -> None:
 def test_a_schedule_without_fields_is_refused(given: Any) -> None:
     with pytest.raises(BadInput, match=r"the schedule 'cosine' is written as \{cosine: \{field: number\}\}, not"):
         from_config({"cosine": given})
+
+
+def test_a_linear_schedule_that_is_over_at_once_is_at_its_end() -> None:
+    assert Linear(start=1.0, end=0.0, until=0.0).at(0.0) == 0.0
+    switch, step = Switch(first=1.0, then=0.0), Linear(start=1.0, end=0.0, begin=0.5, until=0.5)
+    assert [step.at(p) for p in (0.0, 0.4, 0.5, 0.6)] == [switch.at(p) for p in (0.0, 0.4, 0.5, 0.6)]
+
+
+@pytest.mark.parametrize("schedule", [Cosine(peak=0.1, warmup=0.1), WarmupStableDecay(peak=0.1)])
+def test_a_run_that_its_warmup_never_leaves_is_refused(schedule: Schedule) -> None:
+    data = (torch.randn(8, 3), torch.randn(8, 2))
+    with pytest.raises(BadInput, match=r"SGD.lr is 0 in all of 1 step: train longer, or leave out the warmup."):
+        train(torch.nn.Linear(3, 2), data, methods=[SGD(lr=schedule)], steps=1)
+    train(torch.nn.Linear(3, 2), data, methods=[SGD(lr=schedule)], steps=2)

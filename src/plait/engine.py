@@ -184,9 +184,20 @@ def schedule_rates(rule: torch.optim.Optimizer, methods: Sequence[Method], now: 
     scales = scales_of(rule)
     for m in [m for m in methods if type(m).optimizer is not Method.optimizer]:
         scheduled = {field: now.at(value) for field, value in vars(m).items() if isinstance(value, Schedule)}
+        if scheduled.get("lr") == 0 and now.step == 0 and now.steps:
+            _refuse_no_rate(m, now.steps)
         for group, scale in zip(rule.param_groups, scales, strict=True):
             group.update({field: value * scale.get(field, 1.0) for field, value in scheduled.items()})
     now.optimizer, now.learning_rate = rule, float(rule.param_groups[0].get("lr", 0.0)) / scales[0].get("lr", 1.0)
+
+
+def _refuse_no_rate(m: Any, steps: int) -> None:
+    """Refuse a run so short that its warmup, which begins at 0, never leaves 0."""
+    if all(m.lr.at(step / steps) == 0 for step in range(min(steps, 1000))):
+        raise BadInput(
+            f"{type(m).__name__}.lr is 0 in all of {steps} step{'' if steps == 1 else 's'}: train longer, or leave out "
+            "the warmup."
+        )
 
 
 def new_accelerator(device: str | None) -> Any:

@@ -51,6 +51,7 @@ def oracle(engine: Any, misfit: Misfit, methods: Sequence[Method], accumulate: i
                     value += figure
             now.parts = dict(figures)
         now.batch, now.output, now.share = whole, None, 0.0
+        _refuse_sparse(model, methods, now)
         mean: Tensor = engine.mean(value)
         return mean
 
@@ -85,6 +86,18 @@ def _refuse_untrained(loss: Tensor, now: Now) -> None:
             "nothing that is trained has an effect on the loss: the layers that the methods name (where, train) are "
             "not used in a pass; name others."
         )
+
+
+def _refuse_sparse(model: nn.Module, methods: Sequence[Method], now: Now) -> None:
+    """Refuse, in the first step, a sparse gradient: what steps or changes gradients needs dense ones."""
+    if now.step or not (sparse := [n for n, p in model.named_parameters() if p.grad is not None and p.grad.is_sparse]):
+        return
+    for m in methods:
+        if type(m).gradient is not Method.gradient or type(m).optimizer is not Method.optimizer:
+            raise BadInput(
+                f"{type(m).__name__} needs dense gradients, and that of '{sparse[0]}' is sparse: build the embedding "
+                "with sparse=False."
+            )
 
 
 def scaled(engine: Any, ask: Ask) -> Ask:

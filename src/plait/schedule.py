@@ -63,8 +63,9 @@ class Linear(Schedule):
 
     def at(self, progress: float) -> float:
         """Return the number at `progress`."""
-        span = max(self.until - self.begin, 1e-12)
-        part = min(max((progress - self.begin) / span, 0.0), 1.0)
+        if progress >= self.until:
+            return self.end
+        part = max(progress - self.begin, 0.0) / max(self.until - self.begin, 1e-12)
         return self.start + (self.end - self.start) * part
 
     def extremes(self) -> Iterable[float]:

@@ -48,7 +48,8 @@ class ELR(AddedTerm):
         seen = remembered(memory, "step", index, index, fill=-1)
         with torch.no_grad():
             new = (seen[index] != now.step).unsqueeze(-1)
-            average[index] = torch.where(new, self.decay * average[index] + (1 - self.decay) * p, average[index])
+            mixed = self.decay * average[index] + (1 - self.decay) * p
+            average[index] = torch.where(new, mixed, average[index]).to(average.dtype)
             seen[index] = now.step
         return self.strength * (1 - (p * average[index]).sum(-1)).clamp_min(1e-4).log()
 
@@ -58,7 +59,8 @@ class ELR(AddedTerm):
 class PSKD(Loss):
     """target_i -> (1 - alpha) * onehot(target_i) + alpha * p_i of the epoch before: progressive self-distillation.
 
-    p_i = softmax(z_i) as it was when example i was last visited in an earlier epoch; before that, the label itself.
+    p_i = softmax(z_i) as it was when example i was last visited in an earlier epoch; before that, the label itself. Of
+    an example that is asked about twice in a step (SAM), the first answer is remembered, which is the model's own.
     alpha grows from 0 to 0.8 with the run (the paper raises it once an epoch, to alpha_T t / T in epoch t of T, which
     is where this schedule stands at that epoch's end). In several processes each remembers what it has seen itself.
 
@@ -90,11 +92,14 @@ class PSKD(Loss):
             latest = remembered(memory, "latest", p, index)
             earlier = remembered(memory, "earlier", p, index)
             epoch = remembered(memory, "epoch", index, index, fill=-1)
+            step = remembered(memory, "step", index, index, fill=-1)
             hard = target if target.is_floating_point() else F.one_hot(target.clamp_min(0), p.shape[-1]).to(p.dtype)
             never = (epoch[index] < 0).unsqueeze(-1)
             moved = (epoch[index] != now.epoch).unsqueeze(-1)
             past = torch.where(moved, torch.where(never, hard, latest[index]), earlier[index])
-            earlier[index], latest[index], epoch[index] = past, p, torch.full_like(index, now.epoch)
+            again = ~moved & (step[index] == now.step).unsqueeze(-1)
+            latest[index] = torch.where(again, latest[index], p).to(latest.dtype)
+            earlier[index], epoch[index], step[index] = past.to(earlier.dtype), now.epoch, now.step
             alpha = now.at(self.alpha)
             soft = (1 - alpha) * hard + alpha * past
             value = misfit(output, soft, now)

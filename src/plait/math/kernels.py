@@ -56,21 +56,27 @@ _LOCK = threading.Lock()
 
 
 def kernel(rule: UpdateRule, name: str, layout: Layout | None = None) -> Kernel | None:
-    """Return a rule's kernel, compiled now or before; None, with one notice, where numba is not installed."""
+    """Return a rule's kernel, compiled now or before; None, with one notice, where numba cannot be used."""
     layout = layout or Layout()
     with _LOCK:
         if (rule, layout) not in _COMPILED:
-            if importlib.util.find_spec("numba") is None:
-                if None not in _COMPILED.values():
-                    warnings.warn(
-                        "numba is not installed: optimizers run as plain torch loops, several times slower on a CPU; "
-                        "pip install numba.",
-                        stacklevel=2,
-                    )
-                _COMPILED[rule, layout] = None
-            else:
-                _COMPILED[rule, layout] = _load(source(rule, name, layout, _version()), name).run
+            missing = unusable("numba")
+            if missing and None not in _COMPILED.values():
+                slower = "optimizers run as plain torch loops, several times slower on a CPU"
+                warnings.warn(f"{missing}: {slower}; pip install numba.", stacklevel=2)
+            _COMPILED[rule, layout] = None if missing else _load(source(rule, name, layout, _version()), name).run
         return _COMPILED[rule, layout]
+
+
+def unusable(compiler: str) -> str:
+    """Return why a compiler cannot be used, empty where it can: an installed one may refuse this NumPy or Python."""
+    if importlib.util.find_spec(compiler) is None:
+        return f"{compiler} is not installed"
+    try:
+        importlib.import_module(compiler)
+    except ImportError as problem:
+        return f"{compiler} cannot be imported ({problem})"
+    return ""
 
 
 @cache

@@ -8,7 +8,6 @@ the step. With TRITON_INTERPRET=1 and "cpu" added to `DEVICES` the same text run
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from plait.math.kernel_source import Layout, direction, trust
-from plait.math.kernels import load
+from plait.math.kernels import load, unusable
 from plait.math.storage import BLOCK, scramble
 from plait.math.update_rule import UpdateRule
 
@@ -245,16 +244,13 @@ _MADE: dict[tuple[UpdateRule, Layout], TritonKernel | None] = {}
 
 
 def triton_kernel(rule: UpdateRule, name: str, layout: Layout) -> TritonKernel | None:
-    """Return a rule's Triton kernels; None, with one notice, where Triton is not installed."""
+    """Return a rule's Triton kernels; None, with one notice, where Triton cannot be used."""
     if (rule, layout) not in _MADE:
-        if importlib.util.find_spec("triton") is None:
-            if None not in _MADE.values():
-                warnings.warn(
-                    "triton is not installed: optimizers run as plain torch loops on this device; pip install triton.",
-                    stacklevel=2,
-                )
-            _MADE[rule, layout] = None
-        else:
-            module = load(source(rule, name, layout), f"{name}_triton")
-            _MADE[rule, layout] = TritonKernel(rule, layout, module)
+        missing = unusable("triton")
+        if missing and None not in _MADE.values():
+            warnings.warn(
+                f"{missing}: optimizers run as plain torch loops on this device; pip install triton.", stacklevel=2
+            )
+        made = None if missing else load(source(rule, name, layout), f"{name}_triton")
+        _MADE[rule, layout] = None if made is None else TritonKernel(rule, layout, made)
     return _MADE[rule, layout]

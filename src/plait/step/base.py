@@ -141,6 +141,7 @@ class Work:
         self.numbers: list[tuple[float, ...]] = []
         self.items: dict[tuple[torch.device, Layout], list[tuple[int, ...]]] = {}
         self.kernels: dict[tuple[torch.device, Layout], Kernel | triton_kernels.TritonKernel | None] = {}
+        self.held: list[list[Tensor]] = []
 
     def kernel(self, device: torch.device, layout: Layout) -> Kernel | triton_kernels.TritonKernel | None:
         """Return the kernel for tensors that are stored so; None where there is no compiler."""
@@ -151,6 +152,7 @@ class Work:
 
     def add(self, layout: Layout, row: int, tensors: list[Tensor], width: int, first: int) -> None:
         """Add a weight, its gradient and what holds its states."""
+        self.held.append(tensors)  # of a sharded weight the gradient may be a copy that nothing else holds
         self.items.setdefault((tensors[0].device, layout), []).append(
             (row, tensors[0].numel(), width, first, *(t.data_ptr() for t in tensors))
         )
@@ -164,6 +166,8 @@ class Work:
                 run.launch(items, self.numbers, device)
             else:
                 launch(run, items, self.numbers, whole=self.rule.trust is not None, sizes=layout.sizes(self.rule))
+        # A kernel writes past autograd: an older graph that is differentiated after this step is to say so, as always.
+        torch.autograd.graph.increment_version([weight for weight, *_ in self.held if not weight.is_inference()])
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -259,6 +263,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         if kind == "8bit":
             held = [t for name, t in zip(rule.states, held, strict=True) for t in (t, state[kept.scale_of(name)])]
         weight, gradient, first = (p, p.grad, 0) if not sharded else kept.share(p)
+        if weight.shape != gradient.shape:
+            raise BadInput(
+                f"a weight of shape {tuple(weight.shape)} has a gradient of shape {tuple(gradient.shape)}: call "
+                "zero_grad() after the weight has its shape."
+            )
         tensors = [weight, gradient, *(map(kept.own, held) if sharded else held)]
         decays = p.dim() > 1 or group["decay_vectors"]
         layout = Layout(STORED.get(weight.dtype, ""), kind)
