@@ -33,7 +33,7 @@ from plait import catalogue
 from plait.math import kernels
 from plait.math.update_rule import UpdateRule
 from plait.step.adam import AdamW
-from plait.step.low_rank import Fira
+from plait.step.low_rank import Fira, GaLore
 
 sys.path.insert(0, str(Path(__file__).parent))
 from turns import in_turns
@@ -105,6 +105,7 @@ THEIRS = {
     "adamw": "AdamW",
     "adabelief": "AdaBelief",
     "diffgrad": "DiffGrad",
+    "adamp": "AdamP",
     "sgd": "SGD",
     "sgdw": "SGDW",
     "lion": "Lion",
@@ -115,7 +116,8 @@ THEIRS = {
 }
 """Rules that kernels step, and their names in pytorch_optimizer; SGD stands there for torch's own."""
 MOMENTUM = {"sgd", "sgdw", "signsgd"}
-BY_NORM = {"lamb", "lars"}
+BY_NORM = {"lamb", "lars", "adamp"}
+"""Rules that read a weight once more, for its norms."""
 
 
 def contenders(weights: list[nn.Parameter], rule: str) -> dict[str, Any]:
@@ -187,9 +189,9 @@ def seconds(step: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def elementwise(small: bool, rounds: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for rule in THEIRS:
+def elementwise(small: bool, rounds: int, chosen: list[str], earlier: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {rule: row for rule, row in earlier.items() if rule in THEIRS}
+    for rule in chosen:
         weights = weights_with_gradients(small)
         times = in_turns(contenders(weights, rule), rounds)
         found[rule] = {
@@ -206,6 +208,26 @@ def elementwise(small: bool, rounds: int) -> dict[str, Any]:
     if peers:
         found["geometric means"]["faster than pytorch_optimizer"] = round(1 / mean(peers), 2)
     print("geometric means", json.dumps(found["geometric means"]), flush=True)
+    return found
+
+
+def galore(small: bool, rounds: int) -> dict[str, Any]:
+    """GaLore's plain step over the hidden matrices, rank 128, beside the authors' package."""
+    weights = weights_with_gradients(small, matrices_only=True)
+    made: dict[str, Any] = {"plait": GaLore(weights, lr=1e-6, rank=128, spread=False, period=10**9)}
+    theirs = peer("galore_torch", "GaLoreAdamW")
+    if theirs is not None:
+        groups = [{"params": weights, "rank": 128, "update_proj_gap": 10**9, "scale": 0.25, "proj_type": "std"}]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made["galore_torch"] = theirs(groups, lr=1e-6)
+    for optimizer in made.values():
+        optimizer.step()
+    plain = in_turns(made, rounds)
+    found: dict[str, Any] = {"plain ms": {name: round(1e3 * t, 1) for name, t in plain.items()}}
+    if theirs is not None:
+        found["plain ratio"] = round(plain["plait"] / plain["galore_torch"], 3)
+    print("galore", json.dumps(found), flush=True)
     return found
 
 
@@ -260,7 +282,8 @@ def main() -> None:
     words.add_argument("--small", action="store_true", help="three layers in place of thirty")
     words.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     words.add_argument("--rounds", type=int, default=7)
-    words.add_argument("--only", choices=["elementwise", "8bit", "fira"], help="one part of the table")
+    words.add_argument("--rules", nargs="+", choices=list(THEIRS), default=list(THEIRS), help="of the elementwise ones")
+    words.add_argument("--only", choices=["elementwise", "8bit", "fira", "galore"], help="one part of the table")
     words.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
     given = words.parse_args()
     count = sum(torch.Size(shape).numel() for shape in shapes(given.small))
@@ -272,11 +295,13 @@ def main() -> None:
         print(f"{count / 1e6:.1f}M parameters, {threads} thread{'s' * (threads > 1)}", flush=True)
         row: dict[str, Any] = {}
         if given.only in (None, "elementwise"):
-            row |= elementwise(given.small, given.rounds)
+            row |= elementwise(given.small, given.rounds, given.rules, table.get(f"{threads} threads", {}))
         if given.only in (None, "8bit"):
             row["8bit adamw"] = eight_bit(given.small, max(given.rounds // 2, 1))
         if given.only in (None, "fira"):
             row["fira"] = low_rank(given.small, max(given.rounds // 2, 1))
+        if given.only in (None, "galore"):
+            row["galore"] = galore(given.small, max(given.rounds // 2, 1))
         row["load"] = round(os.getloadavg()[0], 1)
         table.setdefault(f"{threads} threads", {}).update(row)
     if given.save:
