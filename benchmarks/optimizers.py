@@ -90,10 +90,11 @@ class Stream:
 
 def peer(module: str, name: str) -> Any:
     """A peer's class, or None where it is not installed."""
-    for absent in ("bitsandbytes", "bitsandbytes.optim", "bitsandbytes.optim.optimizer", "bitsandbytes.functional"):
-        if module.startswith("galore") and importlib.util.find_spec("bitsandbytes") is None:
-            sys.modules.setdefault(absent, types.ModuleType(absent))
-            sys.modules[absent].Optimizer2State, sys.modules[absent].functional = object, None
+    stubbed = "bitsandbytes" in sys.modules
+    if module.startswith("galore") and not stubbed and importlib.util.find_spec("bitsandbytes") is None:
+        for absent in ("", ".optim", ".optim.optimizer", ".functional"):  # galore_torch imports what it then leaves
+            stub = sys.modules[f"bitsandbytes{absent}"] = types.ModuleType(f"bitsandbytes{absent}")
+            stub.Optimizer2State, stub.functional = object, None  # type: ignore[attr-defined]
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError:
