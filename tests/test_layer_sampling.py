@@ -249,6 +249,23 @@ def test_hft_draws_anew_each_round_and_by_the_runs_seed() -> None:
     assert again[2] != first
 
 
+@pytest.mark.parametrize("rule", [HFT(lr=0.01), LISA(lr=0.01, layers=4, period=100)])
+def test_each_of_several_runs_is_a_round_of_its_own_and_is_drawn_alike_again(rule: Any) -> None:
+    """plait.train seeds every run alike: the stages must differ by the weights that they start from."""
+
+    def stages() -> list[set[str]]:
+        model, moved = deep(), []
+        for _ in range(3):
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            train(model, (X, Y), methods=[rule], steps=2)
+            moved.append({name for name, p in model.named_parameters() if not torch.equal(p, before[name])})
+        return moved
+
+    first, second, third = stages()
+    assert first != second != third != first
+    assert stages() == [first, second, third]
+
+
 def test_modules_are_told_apart_by_kind() -> None:
     from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 

@@ -95,13 +95,26 @@ class Rounds(AdamW):
         return model
 
 
+WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers of so many bytes."""
+
+
+def checksum(weights: Iterable[Tensor]) -> int:
+    """Return the sum of the weights' bits read as whole numbers, which is the same in whatever order it is added up.
+
+    >>> checksum([torch.tensor([1.0, 0.0]), torch.tensor(1.0)]) == 2 * 0x3F800000
+    True
+    """
+    return sum(int(w.detach().view(WHOLE[w.element_size()]).sum()) for w in weights)
+
+
 class RoundsOptimizer(RuleOptimizer):
     """Freezes what a round leaves out, and drops its gradients and states.
 
-    Every parameter group holds the steps `taken` and the `seed` of the draws, one for all processes, so that a loaded
-    state goes on with the round that it was saved in. A round begins right after the last step of the one before; in a
-    loop that says when its steps begin (`turn`, as plait.train does) it begins there, so that what follows a step still
-    sees what was stepped.
+    Every parameter group holds the steps `taken` and the `seed` of the draws, from torch's seed and the weights at the
+    start, one for all processes, so that a loaded state goes on with the round that it was saved in. A round begins
+    right after the last step of the one before; in a loop that says when its steps begin (`turn`, as plait.train does)
+    it begins there, so that what follows a step still sees what was stepped.
     """
 
     method: Rounds
@@ -118,7 +131,9 @@ class RoundsOptimizer(RuleOptimizer):
             )
         self.layers = rule.found({name: p.shape for name, p in self.weights.items()})
         device = next(iter(self.weights.values())).device
-        seed = torch.tensor(torch.initial_seed() % 2**53, device=device)  # a number that JSON keeps exactly
+        # Runs one after another may have one seed, but each starts from other weights.
+        number = torch.initial_seed() + checksum(self.weights.values())
+        seed = torch.tensor(number % 2**53, device=device)  # a number that JSON keeps exactly
         for group in self.param_groups:
             group["taken"], group["seed"] = 0, int(gather(seed)[0])  # all processes draw as the first does
         self.begin()
