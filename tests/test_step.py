@@ -25,6 +25,7 @@ from plait.step.friction import DiffGrad
 from plait.step.layerwise import LAMB, LARS
 from plait.step.low_rank import Fira, GaLore
 from plait.step.momentum import SGD, SGDW, Lion
+from plait.step.orthogonal import Muon
 from plait.step.signed import NormalizedSGD, SignSGD
 from plait.train import train
 
@@ -518,7 +519,36 @@ def test_two_ways_in() -> None:
     assert repr(made).startswith("AdamW (")
 
 
+def test_where_chooses_among_the_names_of_groups() -> None:
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+    first, second = (list(model[i].named_parameters(str(i))) for i in range(2))
+    groups = [{"params": first, "lr": 0.5}, {"params": second}]
+
+    def made(optimizer: Any, *fields: str) -> list[Any]:
+        return [([*g["param_names"]], *(g[name] for name in fields)) for g in optimizer.param_groups]
+
+    assert made(AdamW(groups, lr=0.1, where="1"), "lr") == [(["1.weight", "1.bias"], 0.1)]
+    assert made(AdamW(groups, lr=0.1, where="weight"), "lr") == [(["0.weight"], 0.5), (["1.weight"], 0.1)]
+    inside, outside = ["0.weight", "0.bias"], ["1.weight", "1.bias"]
+    assert made(Muon(groups, where="0"), "orthogonal") == [(inside, True), (outside, False)]
+    assert made(GaLore(groups, rank=2, where="0"), "rank") == [(inside, 2), (outside, 0)]
+    by_name = GaLore([{"params": first, "period": 7}, groups[1]], rank={"0": 3, "1.weight": 2})
+    assert made(by_name, "rank", "period") == [(inside, 3, 7), (["1.weight"], 2, 200), (["1.bias"], 0, 200)]
+
+
 REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (
+        lambda: AdamW([{"params": nn.Linear(2, 2).named_parameters()}], where="weigth"),
+        "AdamW(where='weigth') matches no trained weight (did you mean 'weight'?).",
+    ),
+    (
+        lambda: Muon([{"params": nn.Linear(2, 2).parameters()}], where="weight"),
+        "Muon(where='weight') needs names: give it model.named_parameters(), or groups of such pairs.",
+    ),
+    (
+        lambda: GaLore([{"params": nn.Linear(9, 9).parameters(), "rank": "2"}]),
+        "GaLore.rank must be a whole number of at least 0, or such numbers by pattern of name, not '2'.",
+    ),
     (lambda: AdamW(0.1), "AdamW takes its fields by name, as in AdamW(lr=...), or AdamW(model.parameters(), lr=...)."),
     (lambda: AdamW([nn.Parameter(torch.ones(1))], lr=-1.0), "AdamW.lr must be greater than 0, not -1.0."),
     (

@@ -30,6 +30,16 @@ NOT_OF_A_GROUP = ("where",)
 """Fields that are not hyperparameters of a parameter group."""
 
 
+def as_groups(given: list[Any]) -> list[dict[str, Any]]:
+    """Return parameters, or groups of them, as groups, each with a list of its own.
+
+    >>> as_groups([{"params": "ab", "lr": 0.1}]), as_groups(["a", "b"])
+    ([{'params': ['a', 'b'], 'lr': 0.1}], [{'params': ['a', 'b']}])
+    """
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    return [{**g, "params": [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])} for g in groups]
+
+
 @method
 class Rule(Method):
     """w <- w - lr * direction(w, gradient, states), and times `trust` where a rule has one.
@@ -100,18 +110,22 @@ class Rule(Method):
 
     def stepped(self, given: list[Any]) -> list[Any]:
         """Return which of the parameters (or groups) are stepped: those whose name or layer `where` matches."""
-        named = self.named(given)
-        return given if named is None else [(name, p) for name, p in given if name in named]
+        return self.parted(given)[0]
 
-    def named(self, given: list[Any]) -> set[str] | None:
-        """Return the names that `where` matches, or None if it stands for all; groups choose for themselves."""
-        if self.where == ".*" or any(isinstance(group, dict) for group in given):
-            return None
-        if not all(isinstance(pair, tuple) for pair in given):
+    def parted(self, given: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Return what `where` matches of the parameters (or groups), and the rest in groups of its own."""
+        if self.where == ".*":
+            return given, []
+        groups = as_groups(given)
+        if not all(isinstance(pair, tuple) for group in groups for pair in group["params"]):
             raise BadInput(
-                f"{type(self).__name__}(where={self.where!r}) needs names: give it model.named_parameters()."
+                f"{type(self).__name__}(where={self.where!r}) needs names: give it model.named_parameters()"
+                f"{', or groups of such pairs' if isinstance(given[0], dict) else ''}."
             )
-        return self.chosen([name for name, _ in given])
+        named = self.chosen([name for group in groups for name, _ in group["params"]])
+        inside = [{**group, "params": [pair for pair in group["params"] if pair[0] in named]} for group in groups]
+        outside = [{**group, "params": [pair for pair in group["params"] if pair[0] not in named]} for group in groups]
+        return [group for group in inside if group["params"]], [group for group in outside if group["params"]]
 
     def takes_whole(self, weight: Tensor, group: Mapping[str, Any]) -> bool:
         """Say whether `step_whole` steps this weight in place of the elementwise rule."""

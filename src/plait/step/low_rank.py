@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from plait.math.svd import OVERSAMPLE, leading_rows
 from plait.math.update_rule import exact
 from plait.method import Method, method
 from plait.step.adam import AdamW, corrections
-from plait.step.base import Rule
+from plait.step.base import Rule, as_groups
 from plait.step.states import opened
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -76,42 +77,42 @@ class LowRank(Rule):
         self.stepped(list(model.named_parameters()))
 
     def stepped(self, given: list[Any]) -> list[Any]:
-        """Return all parameters, in groups of equal rank and period where these, or `where`, tell names apart."""
-        named = self.named(given)
-        if named is not None or isinstance(self.rank, dict) or isinstance(self.period, dict):
-            given = self.grouped(given, named)
+        """Return all parameters, in groups of equal rank and period."""
+        inside, outside = self.parted(given)
+        groups = self.grouped([*inside, *({**group, "rank": 0} for group in outside)])
         largest = 0
-        for one in given:
-            group: dict[str, Any] = one if isinstance(one, dict) else {"params": [one]}
-            held = group["params"]
-            group["params"] = [held] if isinstance(held, Tensor) else list(held)
-            for p in (pair[1] if isinstance(pair, tuple) else pair for pair in group["params"]):
-                if is_projected(p, group.get("rank", self.rank)):
-                    return given
+        for group in groups:
+            for p in (one[1] if isinstance(one, tuple) else one for one in group["params"]):
+                if is_projected(p, group["rank"]):
+                    return groups
                 largest = max(largest, min(p.shape) if p.dim() == 2 else 0)
         cure = f"use a rank below {largest}" if largest > 1 else "use AdamW"
         raise BadInput(f"{type(self).__name__}(rank={self.rank}) finds no matrix that is larger than its rank: {cure}.")
 
-    def grouped(self, given: list[Any], named: set[str] | None) -> list[Any]:
-        """Return the (name, parameter) pairs in groups of equal rank and period."""
-        if not all(isinstance(pair, tuple) for pair in given):
+    def grouped(self, given: list[Any]) -> list[dict[str, Any]]:
+        """Return the parameters in groups of equal rank and period; those that a group has of its own go before."""
+        groups, made = as_groups(given), []
+        names = [one[0] for group in groups for one in group["params"] if isinstance(one, tuple)]
+        for group in groups:
+            own = replace(self, **{name: group[name] for name in ("rank", "period") if name in group})
+            parts: dict[tuple[int, int], list[Any]] = {}
+            for one in group["params"]:
+                parts.setdefault((own.for_name("rank", one, names), own.for_name("period", one, names)), []).append(one)
+            made += [
+                {**group, "params": held, "rank": rank, "period": period} for (rank, period), held in parts.items()
+            ]
+        return made
+
+    def for_name(self, field: str, one: Any, names: list[str]) -> int:
+        """Return the rank or the period of one weight, a (name, parameter) pair where these are by name."""
+        value: int | dict[str, int] = getattr(self, field)
+        if not isinstance(value, dict):
+            return value
+        if not isinstance(one, tuple):
             raise BadInput(
                 f"{type(self).__name__} has a rank or a period by name: give it model.named_parameters(), or each "
                 "parameter group a number of its own."
             )
-        groups: dict[tuple[int, int], list[Any]] = {}
-        names = [name for name, _ in given]
-        for name, p in given:
-            rank = self.for_name("rank", name, names) if named is None or name in named else 0
-            groups.setdefault((rank, self.for_name("period", name, names)), []).append((name, p))
-        return [{"params": held, "rank": rank, "period": period} for (rank, period), held in groups.items()]
-
-    def for_name(self, field: str, name: str, names: list[str]) -> int:
-        """Return the rank or the period of one weight."""
-        value: int | dict[str, int] = getattr(self, field)
-        if not isinstance(value, dict):
-            return value
-
         for pattern in value:
             if not any(matches_weight(pattern, known) for known in names):
                 ends = {part for known in names for part in known.split(".") if not part.isdigit()}
@@ -120,7 +121,7 @@ class LowRank(Rule):
                     f"{did_you_mean(pattern, ends)}."
                 )
         missing = 0 if field == "rank" else type(self).__dataclass_fields__["period"].default
-        return next((number for pattern, number in value.items() if matches_weight(pattern, name)), missing)
+        return next((number for pattern, number in value.items() if matches_weight(pattern, one[0])), missing)
 
     @classmethod
     def rounds(cls) -> bool:

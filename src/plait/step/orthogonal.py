@@ -78,13 +78,9 @@ class Muon(Rule):
         return {**corrections(step, group), "rate": group["lr"] * group["others"]}
 
     def stepped(self, given: list[Any]) -> list[Any]:
-        """Return all parameters; those that `where` leaves out in a group of their own."""
-        named = self.named(given)
-        if named is None:
-            return given
-        inside = [(name, p) for name, p in given if name in named]
-        outside = [(name, p) for name, p in given if name not in named]
-        return [{"params": inside}, *([{"params": outside, "orthogonal": False}] if outside else [])]
+        """Return all parameters; those that `where` leaves out in groups of their own."""
+        inside, outside = self.parted(given)
+        return [*inside, *({**group, "orthogonal": False} for group in outside)]
 
     @classmethod
     def rounds(cls) -> bool:
