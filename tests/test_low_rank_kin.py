@@ -153,6 +153,17 @@ def test_a_row_of_zeros_finds_a_direction() -> None:
     assert not np.allclose(run(GradNormLoRP, np.zeros((4, 7)), gs, **fields), 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_of_zero_leaves_lengths_and_directions_bitwise(dtype: torch.dtype) -> None:
+    """Though |w| (w / |w|) is not w to the last bit."""
+    w = nn.Parameter(torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).to(dtype))
+    before, rule = w.detach().clone(), GradNormLoRP([w], rank=4)
+    for _ in range(5):
+        w.grad = torch.zeros_like(w)
+        rule.step()
+    assert torch.equal(w, before)
+
+
 # -- as the authors' code does
 # Made outside the repository in float64. DCT-Adam: dct_adamw.py of github.com/IST-DASLab/ISTA-DASLab-Optimizers at
 # 4c98e6e, sim_type="makhoul", rank 2, twenty steps, rotate_subspace with the product written to a new tensor (in place

@@ -64,6 +64,7 @@ class GradNormLoRP(GaLore):
         unit = torch.where(lives, held / magnitude, 0.0)
         along = (gradient * unit).sum(1, keepdim=True)
         across = torch.where(lives, magnitude / length, 1.0) * (gradient - along * unit)
+        start = magnitude.clone(), length.clone()
         directions = unit * length
         super().step_whole(directions, across, state, {**group, "weight_decay": 0.0}, number)
 
@@ -78,4 +79,6 @@ class GradNormLoRP(GaLore):
         )
         torch.linalg.vector_norm(directions, dim=1, keepdim=True, out=length)
         magnitude.copy_(torch.where(lives, magnitude, length))
-        weight.copy_(torch.where(length > 0, magnitude / length, 0.0) * directions)
+        made = torch.where(length > 0, magnitude / length, 0.0) * directions
+        stays = (magnitude == start[0]) & (directions == unit * start[1]).all(1, keepdim=True)
+        weight.copy_(torch.where(stays, held, made))  # g V / |V| of a row that stays would differ by its rounding
