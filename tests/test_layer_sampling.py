@@ -372,6 +372,27 @@ def test_adapters_take_turns_with_their_layers() -> None:
     assert len(run.history) == 5
 
 
+@pytest.mark.parametrize("rule", [LISA(layers=2), HFT()])
+def test_a_state_that_distributed_checkpoints_lost_a_part_of_is_refused(rule: Any) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    flat, model, other = StateDictOptions(flatten_optimizer_state_dict=True), deep(), deep()
+    optimizer = rule.optimizer(model.named_parameters())
+    learn(model, optimizer)
+    other.load_state_dict(model.state_dict())
+    again = rule.optimizer(other.named_parameters())
+    with pytest.raises(BadInput, match=r"loses states of .* save and load optimizer.state_dict\(\) itself"):
+        set_optimizer_state_dict(other, again, get_optimizer_state_dict(model, optimizer, options=flat), options=flat)
+    again.load_state_dict(state_of(optimizer))
+    learn(model, optimizer)
+    learn(other, again)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 # -- refusals
 # ----------------------------------------------------------------------------------------------------------------------
 class Shared(Deep):

@@ -184,7 +184,16 @@ class RoundsOptimizer(RuleOptimizer):
         self.told = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, and freeze what its round leaves out."""
+        """Load a state, and freeze what its round leaves out.
+
+        torch.distributed.checkpoint asks for the states of what this optimizer trains before it loads, in a round of
+        its own, and gives nothing for those that the saved one left out: refused, for others are lost with them.
+        """
+        if any(value == {} for state in state_dict["state"].values() for value in state.values()):
+            raise BadInput(
+                f"torch.distributed.checkpoint loses states of {type(self.method).__name__}, whose rounds train other "
+                "weights each: save and load optimizer.state_dict() itself."
+            )
         super().load_state_dict(state_dict)
         self.begin()
 
@@ -204,6 +213,7 @@ class LISA(Rounds):
     Pan et al.'s layerwise importance sampled AdamW: each middle layer is trained with probability layers / N, what lies
     outside of them always. Where the authors' code only stops asking for gradients, here the states of frozen layers
     are dropped as well, which is where the room is: a layer that is drawn after a pause begins with empty means.
+    States are saved and loaded as the optimizer's own state_dict: torch.distributed.checkpoint's functions miss some.
 
     layers: how many are trained at a time (the paper's gamma). period: steps of a round (its K). Other fields as
     AdamW's. Raises BadInput if the model repeats no layer, if `layers` is all of them, or for parameters without names.
@@ -264,6 +274,7 @@ class HFT(Rounds):
 
     period: steps of a round; 0, the default, is one round for the whole run, as in the paper, where a round is a task
     or stage of fine-tuning: each of several runs one after another is a round of its own. Other fields as AdamW's.
+    States are saved and loaded as the optimizer's own state_dict: torch.distributed.checkpoint's functions miss some.
     Raises BadInput if the model repeats no layer, and for parameters without names.
 
     >>> block = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("attn_q", "attn_o", "up", "down")})
