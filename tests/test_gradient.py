@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from plait.batch import Batch
 from plait.errors import BadInput
-from plait.gradient.base import Gradient, norm
+from plait.gradient.base import Gradient, along, norm
 from plait.gradient.clip import Clip
 from plait.gradient.noise import GradientNoise
 from plait.gradient.sharpness import AMP, GAM, SAM
@@ -282,6 +282,26 @@ def test_clip_is_torchs_and_keeps_the_direction() -> None:
     assert close([g * length(whole) / length(clipped) for g in clipped], whole)
     assert norm(whole).item() == pytest.approx(length(whole))
     assert len(weights) == 4
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e15, 1e25, 1e38])
+def test_lengths_are_found_where_squares_leave_float32(size: float) -> None:
+    """And so are directions: Clip's, and what SAM, AMP and GAM take theirs from."""
+    given = [torch.tensor([3.0, 0.0]), torch.tensor([[-4.0]])]
+    large = [size / 5 * g for g in given]
+    assert float(norm(large)) == pytest.approx(size)
+    if size < 1:
+        return
+    assert close(along(large, 5.0), given)
+    model = nn.ParameterList([nn.Parameter(torch.zeros_like(g)) for g in given])
+
+    def ask(model: nn.Module, now: Now) -> Tensor:
+        for p, g in zip(model.parameters(), large, strict=True):
+            p.grad = g.clone()
+        return torch.tensor(0.0)
+
+    Clip(norm=5.0).gradient(ask)(model, Now())
+    assert close([p.grad for p in model.parameters()], given)
 
 
 def test_what_cannot_work_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
@@ -12,9 +13,12 @@ from plait.errors import BadInput
 from plait.layers import matches_weight
 from plait.method import Ask, Method, Now, method
 from plait.passes import frozen_statistics, kept, rewind
+from plait.sharding import full
 
 TINY = 1e-12
 """Keeps a direction finite where the gradient is 0."""
+LEAST = 1e-15
+"""The squares of what a shorter vector holds are too small for float32."""
 
 
 @method
@@ -53,13 +57,21 @@ class Gradient(Method):
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all entries together, in float32 at least.
+    """Return the Euclidean norm of all entries together, in float32 at least; in float64 if squares leave its range.
 
-    >>> norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
-    tensor(5.)
+    >>> norm([torch.tensor([3.0]), torch.tensor([[4.0]])]), norm([torch.tensor([3e30]), torch.tensor([4e30])])
+    (tensor(5.), tensor(5.0000e+30, dtype=torch.float64))
     """
-    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    held = list(tensors)
+    if not held:
+        return torch.zeros(())
+
+    def total(least: torch.dtype) -> Tensor:
+        norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, least)) for t in held]
+        return full(torch.linalg.vector_norm(torch.stack(norms)))
+
+    found = total(torch.float32)
+    return found if LEAST < float(found) < math.inf else total(torch.float64)  # which costs a copy of each tensor
 
 
 def along(direction: list[Tensor], length: Tensor | float) -> list[Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from plait.catalogue import paper
 from plait.fields import Positive
-from plait.gradient.base import Gradient
+from plait.gradient.base import Gradient, norm
 from plait.method import Ask, Now, method
 
 
@@ -35,7 +35,9 @@ class Clip(Gradient):
 
         def clipped(model: nn.Module, now: Now) -> Tensor:
             value = ask(model, now)
-            torch.nn.utils.clip_grad_norm_([p for _, p in self.parameters(model)], self.norm)
+            # torch's own norm overflows where a float32 gradient's squares do, and then makes the gradient 0
+            length = norm(gradient for _, gradient in self.gradients(model))
+            torch.nn.utils.clip_grads_with_norm_([p for _, p in self.parameters(model)], self.norm, length)
             return value
 
         return clipped
