@@ -50,6 +50,18 @@ def test_newton_schulz_of_a_batch_is_that_of_each() -> None:
     assert torch.equal(newton_schulz(torch.zeros(3, 4)), torch.zeros(3, 4, dtype=newton_schulz(torch.ones(1, 1)).dtype))
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-22, 1e18, 1e25, 1e37])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_the_scale_of_a_matrix_changes_nothing_in_all_of_float32(size: float, batch: tuple[int, ...]) -> None:
+    matrix = torch.randn(*batch, 5, 7, generator=torch.Generator().manual_seed(0))
+    found = newton_schulz(size * matrix, dtype=torch.float32)
+    assert torch.allclose(found, newton_schulz(matrix, dtype=torch.float32), atol=1e-5)
+    matrix[0] = 0.0  # a row, or one matrix of the batch
+    assert torch.isfinite(newton_schulz(size * matrix)).all()
+    assert (newton_schulz(0 * matrix) == 0).all()
+    assert newton_schulz(torch.zeros(*batch, 0, 7)).numel() == 0
+
+
 @pytest.mark.parametrize("rows", [7, 256, 301])
 def test_symmetric_products_are_plain_products(rows: int) -> None:
     draw = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ X becomes Q X once for several iterations (Zhang, Amsel, Chen and Dao, 2026, who
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -89,6 +90,11 @@ def iterate_gram(x: Tensor, coefficients: tuple[float, float, float], iterations
     return product(whole, x) if iterations > 1 else product(rest, x, x, a)
 
 
+def _length(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=dtype)
+    return found
+
+
 def unit(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return each matrix [..., rows, columns] divided by its Frobenius norm, lying so that its fewer rows come first.
 
@@ -98,8 +104,14 @@ def unit(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if dtype is None:
         fast = precise == torch.float32 and has_fast_bfloat16(matrix.device.type)
         dtype = torch.bfloat16 if fast else precise
-    length = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=precise).clamp_min(1e-7)
-    made = torch.mul(matrix, 1 / length, out=torch.empty(matrix.shape, dtype=dtype, device=matrix.device))
+    made = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    scale = 1 / _length(matrix, precise)
+    # Squares may leave the range of float32. A GPU is not asked whether they do, for it would be waited for.
+    if matrix.numel() and not (matrix.is_cpu and bool(((scale > 0) & (scale < 1e15)).all())):
+        peak = torch.linalg.vector_norm(matrix, math.inf, dim=(-2, -1), keepdim=True, dtype=precise)
+        scale = 1 / peak.clamp_min(torch.finfo(precise).tiny)
+        scale /= _length(torch.mul(matrix, scale, out=made), precise).clamp_min(0.5)  # below 1 for zeros alone
+    torch.mul(matrix, scale, out=made)
     return made.mT if matrix.shape[-2] > matrix.shape[-1] else made
 
 
