@@ -157,6 +157,12 @@ def test_the_bound_is_the_sum_of_its_parts_and_holds() -> None:
             assert figures["bound"] > float(F.cross_entropy(done.model(x[200:]), y[200:]))
 
 
+@pytest.mark.parametrize("delta", [0.0, 1.0, 1e6])
+def test_the_bound_fails_with_a_probability(delta: float) -> None:
+    with pytest.raises(BadInput, match=r"^GradientNormBound.delta must be in \(0, 1\), not "):
+        GradientNormBound(delta=delta)
+
+
 def test_constants_are_the_authors() -> None:
     """Numbers of the authors' fit (least squares of the logarithms, the lowest point left out), to 1e-9."""
     draw = numpy.random.default_rng(0)

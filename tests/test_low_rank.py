@@ -313,6 +313,12 @@ def test_refuses_bad_fields_in_one_sentence(fields: dict[str, Any], sentence: st
     assert str(problem.value) == sentence
 
 
+def test_firas_residual_may_not_be_made_to_vanish() -> None:
+    assert Fira(growth=1.0).growth == 1
+    with pytest.raises(BadInput, match=r"^Fira.growth must be at least 1, not 0.5.$"):
+        Fira(growth=0.5)
+
+
 def test_refuses_names_that_match_nothing() -> None:
     model = Attention()
     with pytest.raises(BadInput) as problem:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from plait.batch import Batch
 from plait.catalogue import paper
 from plait.errors import BadInput
-from plait.fields import Count, Fraction, Positive
+from plait.fields import Count, Fraction, Positive, Range
 from plait.layers import evaluating
 from plait.math.per_example import per_example_gradients
 from plait.measure.base import learning_rate_of, remember, remembered, trained
@@ -89,9 +91,10 @@ class GradientNormBound(Method):
     eigenvalue of their covariance. Expectations are means over the examples measured and over `draws` of weights, so
     the figure is an estimate of the bound, and as loose as such bounds are.
 
-    deviation: s. power: lambda = m^power. Put it in the list before training: it notes the start. Returns {"bound",
-    "empirical risk" (E_q L_S), "divergence" (KL), "gradient term" (ln E_p exp(lambda G) / lambda), "gradient norm"
-    (mean |dl/dx|^2 at w)}. Raises BadInput where inputs are not one tensor of real numbers.
+    deviation: s. power: lambda = m^power. delta: in (0, 1). Put it in the list before training: it notes the start.
+    Returns {"bound", "empirical risk" (E_q L_S), "divergence" (KL), "gradient term" (ln E_p exp(lambda G) / lambda),
+    "gradient norm" (mean |dl/dx|^2 at w)}. Raises BadInput for another delta, and where inputs are not one tensor of
+    real numbers.
 
     >>> GradientNormBound(deviation=0.05)
     GradientNormBound(deviation=0.05)
@@ -99,7 +102,7 @@ class GradientNormBound(Method):
 
     deviation: Positive = 0.03
     power: Fraction = 0.5
-    delta: Positive = 0.05
+    delta: Annotated[float, AfterValidator(Range(0, 1, closed="()"))] = 0.05
     variance: Positive = 1.0
     draws: Count = 4
     batches: Count = 4

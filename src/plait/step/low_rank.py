@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from plait.catalogue import paper
 from plait.errors import BadInput, did_you_mean
-from plait.fields import Count, CountByName, NonNegative, Positive, Probability, ScheduledNonNegative, SizeByName
+from plait.fields import Count, CountByName, NonNegative, Positive, Probability, Range, ScheduledNonNegative, SizeByName
 from plait.layers import matches_weight
 from plait.math.subspace import cosine_matrix, cosine_rows, exact_rows, ranged_rows, tracked_rows
 from plait.math.svd import OVERSAMPLE, leading_rows
@@ -248,13 +249,14 @@ class Fira(LowRank):
     """w <- w - lr c (scale * P N + S) - lr * weight_decay * w, S = (G - P R) diag(s), s_j = ||N_j|| / ||R_j||.
 
     Chen et al.: what lies outside the subspace is stepped too, each column j scaled as Adam scaled it inside. The
-    limiter shortens S to `growth` times its last length when it would grow faster. S is never formed: scale P N + S =
-    P (scale N - R diag(s)) + G diag(s), and ||S||^2 = sum_j s_j^2 (||G_j||^2 - ||R_j||^2), since P is orthonormal.
+    limiter shortens S to `growth` times its last length when it would grow faster; growth is at least 1, for below it S
+    would vanish. S is never formed: scale P N + S = P (scale N - R diag(s)) + G diag(s), and ||S||^2 = sum_j s_j^2
+    (||G_j||^2 - ||R_j||^2), since P is orthonormal.
 
     Two departures. A residual of length 0 does not become the length to grow from: by the letter, one zero gradient
-    would keep S near 0 for thousands of steps. The residual is the published G - P R; the authors' code takes
-    G - scale * P R, which is the same at scale 1, the default. Raises BadInput where no matrix is larger than its rank,
-    and for a pattern that matches no weight.
+    would keep S near 0 for thousands of steps. The residual is the published G - P R; the authors' code takes G - scale
+    * P R, which is the same at scale 1, the default. Raises BadInput for a growth below 1, where no matrix is larger
+    than its rank, and for a pattern that matches no weight.
 
     >>> import torch
     >>> w = torch.nn.Parameter(torch.eye(4))
@@ -266,7 +268,7 @@ class Fira(LowRank):
     """
 
     scale: Positive = 1.0
-    growth: Positive = 1.01
+    growth: Annotated[float, AfterValidator(Range(1, closed="[)"))] = 1.01
 
     def move(
         self,
