@@ -12,7 +12,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from plait.errors import BadInput
-from plait.schedule import Cosine, Linear, Schedule, Switch, WarmupStableDecay, from_config
+from plait.schedule import SCHEDULES, Cosine, Linear, Schedule, Switch, WarmupStableDecay, from_config
 from plait.step.momentum import SGD
 from plait.train import train
 
@@ -119,3 +119,11 @@ def test_a_run_that_its_warmup_never_leaves_is_refused(schedule: Schedule) -> No
     with pytest.raises(BadInput, match=r"SGD.lr is 0 in all of 1 step: train longer, or leave out the warmup."):
         train(torch.nn.Linear(3, 2), data, methods=[SGD(lr=schedule)], steps=1)
     train(torch.nn.Linear(3, 2), data, methods=[SGD(lr=schedule)], steps=2)
+
+
+def test_every_schedule_is_a_name_of_the_package() -> None:
+    import plait
+
+    for kind in SCHEDULES.values():
+        assert kind.__name__ in plait.__all__
+        assert getattr(plait, kind.__name__) is kind

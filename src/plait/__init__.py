@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from plait.errors import BadInput, NonFinite
     from plait.method import Method, Now, method
     from plait.recipe import Recipe
-    from plait.schedule import Cosine, Linear, Schedule, Switch, WarmupStableDecay
+    from plait.schedule import Cosine, Linear, Schedule, Switch, Tuned, WarmupStableDecay
     from plait.train import train
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "Recipe",
     "Schedule",
     "Switch",
+    "Tuned",
     "WarmupStableDecay",
     "method",
     "train",
@@ -35,7 +36,7 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(("Method", "Now"), "method"),
-    **dict.fromkeys(("Cosine", "Linear", "Schedule", "Switch", "WarmupStableDecay"), "schedule"),
+    **dict.fromkeys(("Cosine", "Linear", "Schedule", "Switch", "Tuned", "WarmupStableDecay"), "schedule"),
     **dict.fromkeys(("BadInput", "NonFinite"), "errors"),
     **{"Batch": "batch", "Recipe": "recipe"},
 }
