@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from plait import SGD, Batch, Now, train
+from plait import SGD, BadInput, Batch, Now, train
 from plait.gradient.robust import WinsorizedGradient, winsorized_mean
 from plait.loss.base import cross_entropy
 from plait.math.per_example import per_example_gradients
@@ -95,3 +95,17 @@ def test_where_names_the_weights_whose_gradients_are_watched_and_held_back() -> 
     (figures,) = plain.measures["Coherence(where='0')"]
     assert figures["m-coherence"] == pytest.approx(expected)
     assert figures["m-coherence"] != pytest.approx(m_coherence(gradients)[0])
+
+
+def test_a_loop_by_hand_is_told_to_set_the_misfit() -> None:
+    model, now = nn.Linear(3, 2), Now(batch=Batch.of(torch.randn(4, 3), torch.tensor([0, 1, 0, 1])))
+
+    def ask(model: nn.Module, now: Now) -> torch.Tensor:
+        loss = cross_entropy(model(now.batch.inputs), now.batch.target, now).mean()
+        loss.backward()
+        return loss.detach()
+
+    with pytest.raises(BadInput, match=r"use it inside plait.train, or set now.misfit.$"):
+        WinsorizedGradient().gradient(ask)(model, now)
+    now.misfit = cross_entropy
+    assert WinsorizedGradient().gradient(ask)(model, now) > 0

@@ -42,6 +42,10 @@ def _no_validation(model: nn.Module, number: int = 0) -> NoReturn:
     )
 
 
+def _no_misfit(output: Any, target: Tensor, now: Now) -> NoReturn:
+    raise BadInput("this needs each example's misfit: use it inside plait.train, or set now.misfit.")
+
+
 def _no_calibration(count: int) -> Iterator[Batch]:
     raise BadInput("this needs batches of the training data: use it inside plait.train, or set now.calibration.")
 
@@ -80,7 +84,7 @@ class Now:
     """The plain oracle (loss and penalties, no gradient method), for starts that need a gradient."""
     call: Callable[[nn.Module, Any], Any] = lambda model, inputs: model(inputs)
     """call(model, inputs) -> output: how this task runs the model."""
-    misfit: Misfit = None  # type: ignore[assignment]
+    misfit: Misfit = _no_misfit
     calibration: Callable[[int], Iterator[Batch]] = _no_calibration
     """calibration(count) yields that many batches of training data, always the same ones."""
     evaluate: Callable[[nn.Module], float] = _no_validation
