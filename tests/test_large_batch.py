@@ -93,6 +93,16 @@ def test_a_remainder_is_spread_and_a_small_batch_is_one_part() -> None:
     assert all(torch.equal(b, plain.get_buffer(name)) for name, b in model.named_buffers())
 
 
+def test_a_ghost_batch_of_one_example_needs_positions() -> None:
+    maps, rows = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.BatchNorm1d(3))
+    for model in (maps, rows):
+        GhostBatchNorm(size=1).forward(model, Now())
+    images = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(maps(images), F.instance_norm(images))
+    with pytest.raises(BadInput, match=r"^GhostBatchNorm\(size=1\) has a single value .* use a size of at least 2.$"):
+        rows(torch.randn(4, 3))
+
+
 def test_copies_go_their_own_way_and_later_runs_are_plain() -> None:
     model, now = network(), Now(steps=2)
     GhostBatchNorm(size=4).forward(model, now)

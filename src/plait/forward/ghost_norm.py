@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from plait.catalogue import paper
+from plait.errors import BadInput
 from plait.fields import Count
 from plait.forward.base import Forward
 from plait.layers import require_layers
@@ -32,6 +33,11 @@ def ghost_forward(layer: _BatchNorm, size: int, active: Callable[[nn.Module], bo
         output: Tensor = type(layer).forward(layer, inputs)
         return output
     layer._check_input_dim(inputs)
+    if size == 1 and inputs.numel() == inputs.shape[0] * inputs.shape[1]:
+        raise BadInput(
+            "GhostBatchNorm(size=1) has a single value of each channel to normalize, for the inputs of "
+            f"{type(layer).__name__}({layer.num_features}) have no further dimensions: use a size of at least 2."
+        )
     tracks = layer.track_running_stats and layer.running_mean is not None
     mean, variance = (layer.running_mean, layer.running_var) if tracks else (None, None)
     parts = []
@@ -61,7 +67,7 @@ class GhostBatchNorm(Forward):
     processes each has parts of its own; SyncBatchNorm is not synchronized over them in training.
 
     size: 128 in the paper's experiments. where: the batch norms, of any number of dimensions. Raises BadInput where no
-    batch norm matches.
+    batch norm matches, and for a size of 1 where inputs have no positions beside their channels.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1, affine=False))
     >>> GhostBatchNorm(size=2).forward(model, Now())
