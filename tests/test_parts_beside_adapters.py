@@ -52,6 +52,28 @@ def test_what_an_adapter_brings_along_follows_eval_and_train(trained: nn.Module,
     torch.testing.assert_close(base.eval()(X), trained(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("part", ["norm1|norm2", "self_attn", "linear1"])
+def test_torchs_encoder_layer_reads_what_an_adapter_brings_along(part: str) -> None:
+    """Its fast path, in eval mode without gradients, reads the weights of layers that it does not call."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    base = nn.Sequential(nn.Linear(8, 16), layer).eval()
+    model = copy.deepcopy(base)
+    LoRA(rank=2, where="0", train=part).parametrize(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    x, hooks = torch.randn(4, 5, 8), [len(m._forward_pre_hooks) for m in base.modules()]
+    adapters = Adapters(base)
+    adapters.add("x", model)
+    adapters.switch("x")
+    with torch.no_grad():
+        torch.testing.assert_close(base(x), model(x), rtol=1e-5, atol=1e-5)
+    adapters.remove("x")
+    assert [len(m._forward_pre_hooks) for m in base.modules()] == hooks
+
+
 def test_running_statistics_that_training_moved_are_saved_with_the_adapter(trained: nn.Module, tmp_path: Path) -> None:
     save_adapter(trained, tmp_path)
     torch.testing.assert_close(load_adapter(net(), tmp_path).eval()(X), trained(X), rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from plait.errors import BadInput
 from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix_shape, own_weight
-from plait.parametrize.base import Parametrization, stack
+from plait.parametrize.base import Parametrization, be_called, be_read, stack
 from plait.parametrize.low_rank import adapter_dtype, low_rank_branch, without_padding
 from plait.parametrize.update import Factors
 
@@ -253,6 +253,7 @@ def keep_copies(name: str, layer: nn.Module, choice: Choice, places: int) -> Cop
     copies.train(layer.training)
     layer.plait_copies = copies  # its buffers are not persistent: the state dict stays that of the base
     layer.forward = partial(copies.run, plain)
+    be_called(layer)
     return copies
 
 
@@ -265,6 +266,7 @@ def copies_of(layer: nn.Module) -> Copies | None:
 def drop_copies(layer: nn.Module) -> None:
     """Undo `keep_copies`."""
     del layer.plait_copies, layer.__dict__["forward"]
+    be_read(layer)
 
 
 @torch.no_grad()

@@ -210,13 +210,23 @@ def _called(layer: nn.Module, inputs: Any) -> None:
     """Do nothing: nn.TransformerEncoderLayer calls a layer, and does not just read its weight, if it has a hook."""
 
 
+def be_called(layer: nn.Module) -> None:
+    """Let torch's fast paths call a layer, whose `forward` is not its own, in place of reading its weights."""
+    layer._forward_pre_hooks[id(_called)] = _called
+
+
+def be_read(layer: nn.Module) -> None:
+    """Undo `be_called`."""
+    layer._forward_pre_hooks.pop(id(_called), None)
+
+
 def attach(layer: nn.Module, name: str, parametrization: Parametrization) -> None:
     """Put a parametrization on top of a layer's stack."""
     weight = own_weight(layer)
     if not isinstance(getattr(layer, "plait", None), Stack):
         layer.plait = Stack()
         layer.forward = partial(_forward, layer)  # a bound method could not be pickled
-        layer._forward_pre_hooks[id(_called)] = _called
+        be_called(layer)
     held: Stack = layer.plait  # type: ignore[assignment]
     free = name if name not in held else next(f"{name}_{n}" for n in range(2, 10_000) if f"{name}_{n}" not in held)
     held[free] = parametrization.to(weight.device).train(layer.training)
@@ -227,7 +237,7 @@ def detach(layer: nn.Module) -> None:
     if isinstance(getattr(layer, "plait", None), Stack):
         del layer.plait
         del layer.__dict__["forward"]
-        layer._forward_pre_hooks.pop(id(_called), None)
+        be_read(layer)
 
 
 def attached(model: nn.Module, kind: type[P]) -> Iterator[tuple[str, nn.Module, P]]:
