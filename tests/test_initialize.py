@@ -321,6 +321,51 @@ def test_eva_keeps_ranks_with_rho_1_and_shares_what_equal_inputs_give() -> None:
     assert net.training
 
 
+class Parallel(nn.Module):
+    """Two layers one after the other on one tensor, each of which makes other vectors of it."""
+
+    def __init__(self, first: nn.Module, between: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.between, self.second = first, between, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        return self.first(x) + self.second(self.between(x))
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (Parallel(nn.Conv1d(4, 3, 1), nn.Identity(), nn.Conv1d(4, 3, 5, padding=2)), (8, 4, 20)),
+        (Parallel(nn.Conv1d(4, 3, 3, padding=1), nn.Identity(), nn.Conv1d(4, 3, 3, padding=4, dilation=4)), (8, 4, 20)),
+        (Parallel(nn.Linear(6, 3), nn.ReLU(inplace=True), nn.Linear(6, 3)), (40, 6)),
+    ],
+    ids=["kernel size", "dilation", "in place"],
+)
+def test_eva_decomposes_what_each_of_two_layers_makes_of_one_tensor(net: nn.Module, shape: tuple[int, ...]) -> None:
+    x = drawn(*shape).cumsum(-1) - torch.arange(shape[1]).view(-1, *(1,) * (len(shape) - 2))
+    EVA(rho=1.0, batches=1).initialize(with_adapters(net, where="first|second"), calibrated([x]))
+    for layer, given in ((net.first, x), (net.second, net.between(x.clone()))):
+        rows = input_rows(layer, given, None)
+        _, _, vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        cosines = (layer.plait.lora.A.detach() * vh[:2]).sum(1).abs()
+        torch.testing.assert_close(cosines, torch.ones(2), rtol=0, atol=1e-5)
+
+
+def test_eva_sees_all_batches_of_a_layer_that_is_called_twice_on_one_tensor() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.both(x) * self.both(x)
+
+    batches = [drawn(16, 6, seed=seed) for seed in range(4)]
+    seen = EVA(batches=4, tau=1.0).inputs_svd(with_adapters(Twice()), calibrated(batches))
+    assert seen["both"].count == 2 * 4 * 16
+
+
 def test_eva_sees_convolutions_as_matrices_and_leaves_padding_out() -> None:
     line, sound = nn.Conv1d(2, 3, 3, stride=2, dilation=2, padding=1), drawn(4, 2, 9)
     output = input_rows(line, sound, None) @ line.weight.flatten(1).T + line.bias

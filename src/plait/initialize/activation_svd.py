@@ -38,6 +38,13 @@ def input_rows(layer: nn.Module, inputs: Tensor, keep: Tensor | None) -> Tensor:
     return inputs.flatten(0, -2)
 
 
+def _patches(layer: nn.Module) -> tuple[Any, ...]:
+    """Return what beside the inputs decides what `input_rows` are: how a convolution cuts them into patches."""
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return ()
+    return layer.kernel_size, layer.stride, layer.padding, layer.dilation
+
+
 @method
 class ActivationStart(Start):
     """A start from the layers' inputs: the singular value decomposition of all rows seen in up to `batches` batches.
@@ -75,17 +82,20 @@ class ActivationStart(Start):
         chosen = self.found(model)
         seen: dict[str, RowSVD] = {}
         twin: dict[str, str] = {}
-        last: list[Any] = [None, ""]
+        last: tuple[str, Tensor | None, int, tuple[Any, ...]] = "", None, 0, ()
         fresh: dict[str, bool] = {}
         keep: Tensor | None = None
 
         def watch(layer: nn.Module, inputs: tuple[Tensor, ...], *, name: str, rank: int) -> None:
-            given = inputs[0]
-            if given is last[0] and twin.get(name, last[1]) == last[1] and seen[last[1]].rank >= rank:
-                twin[name] = last[1]
+            nonlocal last
+            given, other = inputs[0], last[0]
+            how = given._version, _patches(layer)  # the version: what was changed in place is another input
+            alike = given is last[1] and how == last[2:] and name != other
+            if alike and twin.get(name, other) == other and seen[other].rank >= rank:
+                twin[name] = other
             if name in twin or not fresh.get(name, True):
                 return
-            last[:] = [given, name]
+            last = name, given, *how
             svd = seen.setdefault(name, RowSVD(rank))
             before = svd.vectors
             svd.add(gathered(input_rows(layer, given.detach(), keep)))
@@ -100,7 +110,7 @@ class ActivationStart(Start):
                 keep = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
                 now.batch = batch
                 now.call(model, batch.inputs)
-                last[0] = None
+                last = "", None, 0, ()
                 if not any(fresh.values()):
                     break
         every = {name: seen.get(twin.get(name, name)) for name, _, _ in chosen}
