@@ -58,6 +58,14 @@ def test_the_start_divides_the_weight_by_its_singular_values() -> None:
     assert torch.equal(part.values, weight[:, kept])
 
 
+def test_an_embedding_is_looked_up_under_autocast() -> None:
+    model, part = one(nn.Embedding(12, 8))
+    tokens = torch.arange(12)
+    expected = dense_weight(model)[tokens]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(tokens), expected, rtol=0, atol=0.05 * float(part.values.detach().abs().max()))
+
+
 def test_a_convolutions_channels_come_whole() -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 6, 3, padding=1)

@@ -48,7 +48,8 @@ class LowRankChannels(Parametrization):
     def dense(self, weight: Tensor) -> Tensor:
         """Return share * B A + (1 - share) * S, in the precision of W, of which it has nothing else."""
         product = self.share * (self.B @ self.A)
-        return product.index_add(1, self.columns(), (1 - self.share) * self.values).to(weight.dtype)
+        values = ((1 - self.share) * self.values).to(product.dtype)  # autocast multiplies in another type
+        return product.index_add(1, self.columns(), values).to(weight.dtype)
 
     def fast(self, layer: nn.Module, inputs: Tensor, below: Callable[[], Tensor]) -> Tensor | None:
         """Return share * B (A x) + (1 - share) * S x + bias, which forms no matrix of the weight's size."""
