@@ -256,6 +256,22 @@ def test_what_peft_cannot_hold_is_refused(tmp_path: Path) -> None:
         save_adapter(attach(grouped, LoRA(rank=1)), tmp_path)
 
 
+def test_layers_that_peft_would_not_find_by_their_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"this Linear is the whole model: put it into an nn\.Sequential"):
+        save_adapter(attach(nn.Linear(6, 4), LoRA(rank=2)), tmp_path)
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(4, 4)})
+    for methods in (LoRA(rank=2), LoRA(rank=2, where="c", train="a")):
+        with pytest.raises(BadInput, match="would adapt the one layer 'a' and 'b' under its first name alone"):
+            save_adapter(attach(copy.deepcopy(model), methods), tmp_path)
+    assert not list(tmp_path.iterdir())
+    block = nn.Sequential(nn.Linear(4, 4))
+    twice = nn.Sequential(block, nn.Tanh(), block)  # whose layer stands in one place, inside the block
+    again, x = attach(copy.deepcopy(twice), LoRA(rank=2)), torch.randn(3, 4)
+    save_adapter(again, tmp_path)
+    torch.testing.assert_close(peft_reads(twice, tmp_path)(x), again(x))
+
+
 # -- updates that are cut off at a rank, and the base that files were made for ----------------------------------------
 def fully_trained() -> tuple[nn.Module, nn.Module]:
     base = every_kind()

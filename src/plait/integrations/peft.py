@@ -98,6 +98,7 @@ def write_update(update: Update, model: nn.Module, folder: str | Path, base_mode
         _refuse_what_peft_lacks(name, layer, bool(shifted))
         tensors |= _to_peft(f"{PREFIX}{name}", layer, factors, bool(shifted))
     whole = sorted({name.rpartition(".")[0] for name in update.whole})
+    _refuse_names_peft_misses(model, [*found, *whole])
     config = _config(model, found, whole, base_model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,24 @@ def _of_some_rank(factors: Factors) -> Factors:
     if factors.rank:
         return factors
     return replace(factors, a=factors.a.new_zeros(1, factors.a.shape[1]), b=factors.b.new_zeros(len(factors.b), 1))
+
+
+def _refuse_names_peft_misses(model: nn.Module, names: list[str]) -> None:
+    """Refuse a layer without a name, and one that stands in several places, in the first of which peft wraps it."""
+    places = Counter(id(part) for owner in model.modules() for part in owner._modules.values())
+    for name in names:
+        if not name:
+            raise BadInput(
+                f"PEFT adapts layers inside a model, and this {type(model).__name__} is the whole model: put it into "
+                "an nn.Sequential before it is adapted, or fold it and save it."
+            )
+        layer = model.get_submodule(name)
+        if places[id(layer)] > 1:
+            both = [other for other, part in model.named_modules(remove_duplicate=False) if part is layer]
+            raise BadInput(
+                f"peft would adapt the one layer '{both[0]}' and '{both[1]}' under its first name alone: give each "
+                "name a layer of its own, or fold the model and save it."
+            )
 
 
 def _refuse_what_peft_lacks(name: str, layer: nn.Module, shifted: bool) -> None:
