@@ -75,7 +75,7 @@ def attaches(key: str) -> bool:
 ADAPTERS = [key for key in catalogue.load() if attaches(key)]
 RANKED = [key for key in ADAPTERS if "rank" in fields_of(key)]
 UNBOUND = {
-    "compacter": "its rank is that of Kronecker factors of what it adds behind a layer",
+    "compacter": "its rank is that of Kronecker factors of what it adds behind a layer, whose sides bound it",
     "spt": "it gives a low-rank update only to layers where that holds fewer numbers than single entries",
 }
 """Adapters whose rank no side of a matrix bounds, and why."""

@@ -200,6 +200,14 @@ def test_it_learns_saves_and_goes_on(tmp_path: Any) -> None:
             compacter(factors=8, width=8, where="2"),
             "Compacter.factors is 8, which does not divide the outputs of '2', 4",
         ),
+        (
+            compacter(rank=99),
+            "Compacter.rank is 99, but width, 4, divided by 2 factors leave a rank of 2: use at most 2.",
+        ),
+        (
+            compacter(rank=3, width=8, where="2"),
+            "Compacter.rank is 3, but the outputs of '2', 4, divided by 2 factors leave a rank of 2: use at most 2.",
+        ),
     ],
 )
 def test_what_does_not_fit(method: Method, says: str) -> None:

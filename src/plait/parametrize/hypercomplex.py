@@ -94,7 +94,8 @@ class Compacter(Adapter):
     of transformers ("down_proj|fc2|..." is Compacter++, behind feed-forward parts alone). factors: n, which divides
     `width` and each target's outputs. width: units between H_1 and H_2. train: what else is trained; with the authors
     the norms are, as in `train=".*norm.*"`. Raises BadInput for `factors` that do not divide the width or a target's
-    outputs, and beside Fold, Requantize and MagnitudePruning.
+    outputs, a rank above min(k, d) / n, the most that s_i t_i can have, and beside Fold, Requantize and
+    MagnitudePruning.
 
     >>> model = nn.ModuleDict({"o_proj": nn.Linear(6, 8), "down_proj": nn.Linear(6, 8)})
     >>> Compacter(factors=2, width=4).parametrize(model)
@@ -122,11 +123,16 @@ class Compacter(Adapter):
             part.A = alike[0].A
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
-        """Refuse sizes that the factors do not divide."""
+        """Refuse sizes that the factors do not divide, and ranks that matrices of these sizes do not have."""
         sizes = [("width", self.width)]
         sizes += [(f"the outputs of '{name}'", matrix_shape(layer)[0]) for name, layer in self.targets(model)]
         for what, size in sizes:
             if size % self.factors:
                 raise BadInput(
                     f"Compacter.factors is {self.factors}, which does not divide {what}, {size}: choose others."
+                )
+            if self.rank > (most := size // self.factors):
+                raise BadInput(
+                    f"Compacter.rank is {self.rank}, but {what}, {size}, divided by {self.factors} factors leave a "
+                    f"rank of {most}: use at most {most}."
                 )
