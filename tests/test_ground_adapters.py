@@ -133,6 +133,21 @@ def test_bitfit_trains_biases_and_what_is_new() -> None:
     assert trained_names(model) == {"value.bias", "fc2.bias", "head.bias", "head.weight"}
 
 
+@pytest.mark.parametrize("method", [BitFit(), Freeze(where="0")], ids=["bitfit", "freeze"])
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (nn.Linear(4, 4, device="meta"), "'0.weight' is on the meta device: load the model's weights before "),
+        (nn.LazyLinear(4), "'0.weight' has no shape before its first input: run the model once before "),
+    ],
+    ids=["meta", "lazy"],
+)
+def test_what_has_no_weights_yet_is_not_frozen(method: Freeze, layer: nn.Module, says: str) -> None:
+    with pytest.raises(BadInput) as problem:
+        method.parametrize(nn.Sequential(layer, nn.Linear(4, 2)))
+    assert str(problem.value) == f"{says}{type(method).__name__}."
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_bitfit_stands_beside_an_adapter_in_any_order(first: bool) -> None:
     methods: list[Method] = [BitFit(), LoRA(rank=2, where="fc2")]

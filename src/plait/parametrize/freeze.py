@@ -81,8 +81,13 @@ class Freeze(Method):
         return bool(self.keep) and within(self.keep, name)
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
-        """Refuse a pattern that freezes nothing, or everything."""
+        """Refuse weights that are not there yet, and a pattern that freezes nothing, or everything."""
         frozen, title = {id(p) for p in self.frozen(model)}, type(self).__name__
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise BadInput(f"'{name}' has no shape before its first input: run the model once before {title}.")
+            if parameter.is_meta:
+                raise BadInput(f"'{name}' is on the meta device: load the model's weights before {title}.")
         require_weights(f"{title}.keep", self.keep, model)
         if not frozen:
             raise BadInput(f"{title} would freeze nothing: change where or keep, or drop it.")
