@@ -16,6 +16,7 @@ from plait.errors import BadInput
 from plait.integrations.peft import load_adapter, save_adapter
 from plait.parametrize.folding import fold
 from plait.parametrize.sequential import Hydra
+from plait.parametrize.update import update_of
 
 X = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
 Y = torch.randint(0, 3, (32,), generator=torch.Generator().manual_seed(1))
@@ -198,6 +199,38 @@ def test_layers_trained_whole_beside_an_adapter_are_kept_whole(part: str, tmp_pa
         assert far(base(x), model(x)) < 1e-6
     adapters.switch(None)
     assert far(base(x), model(x)) > 1e-3
+
+
+@pytest.mark.parametrize("part", ["0", "3", "4"], ids=["embedding", "norm", "head"])
+def test_a_model_that_is_frozen_to_be_served_keeps_what_was_trained_whole(part: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(24, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    x = torch.randint(20, (64, 3))
+    adapted = LoRA(rank=2, where="2", train=part)
+    model = train(copy.deepcopy(base), (x, torch.randn(64, 8)), methods=[adapted, AdamW(lr=1e-2)], steps=5).model
+    model.requires_grad_(False)
+    save_adapter(model, tmp_path / "without")
+    save_adapter(model, tmp_path / "with", base=base, rank=8)
+    adapters = Adapters(copy.deepcopy(base))
+    assert adapters.add("whole", model) == 0
+    assert Adapters(copy.deepcopy(base)).add("cut", model, rank=8) < 1e-6
+    assert (Adapters(copy.deepcopy(base)).add("cut", model, rank=2) > 0.1) == (part != "3")
+    adapters.switch("whole")
+    assert far(adapters.model(x), model(x)) < 1e-6
+    for folder in ("without", "with"):
+        assert far(load_adapter(copy.deepcopy(base), tmp_path / folder)(x), model(x)) < 1e-5
+
+
+def test_a_weight_that_was_trained_under_its_adapter_is_no_low_rank_update_once_it_is_frozen() -> None:
+    base = nn.Sequential(nn.Linear(8, 8))
+    model = copy.deepcopy(base)
+    LoRA(rank=2, train="0.weight").parametrize(model)
+    with torch.no_grad():
+        model[0].weight += torch.randn(8, 8)
+    model.requires_grad_(False)
+    with pytest.raises(BadInput, match="is no low-rank update: give the base and a rank"):
+        update_of(model)
+    assert update_of(model, base, rank=2).error > 0.1
 
 
 def test_a_where_that_is_no_pattern_is_refused() -> None:

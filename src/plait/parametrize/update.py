@@ -20,7 +20,7 @@ from plait.math.svd import exact_svd, gram_svd
 from plait.parametrize.base import Parametrization, dense_bias, dense_weight, stack, untouched_weight
 from plait.parametrize.freeze import is_fresh
 from plait.parametrize.low_rank import RowNorms, Shift, adapter_dtype, row_norms
-from plait.parametrize.origin import Origin, compared, moved_buffers, origin_of
+from plait.parametrize.origin import Origin, compared, digest, moved_buffers, origin_of
 from plait.parametrize.prompt import refuse_prompts
 
 EXACT = 1024
@@ -84,12 +84,15 @@ def update_of(model: nn.Module, base: nn.Module | None = None, rank: int | None 
     made = Update(origin=origin_of(model) if base is None else origin_of(base))
     whole = [] if base is None else changed_beside(model, base, cut=rank is not None)
     same = {} if base is None else compared(origin_of(model), origin_of(base))
+    moved = moved_weights(model) if base is None else set()
     adapted = any(stack(layer) for layer in model.modules())
     for name, layer in model.named_modules():
         if not is_linear_map(layer) or any(name == part or name.startswith(f"{part}.") for part in whole):
             continue
         under = None if base is None else part_of(base, name)
-        found = factors_of(name, layer, under, rank, exact=adapted and same.get(f"{name}.weight", True))
+        trained = own_weight(layer).requires_grad or _moved_weight(layer, under, moved)
+        exact = adapted and not trained and same.get(f"{name}.weight", True)
+        found = factors_of(name, layer, under, rank, exact, trained)
         if found is None:
             continue
         factors, left, size = found
@@ -113,11 +116,11 @@ def part_of(base: nn.Module, name: str) -> nn.Module:
 
 @torch.no_grad()
 def factors_of(
-    name: str, layer: nn.Module, base: nn.Module | None, rank: int | None, exact: bool
+    name: str, layer: nn.Module, base: nn.Module | None, rank: int | None, exact: bool, trained: bool
 ) -> tuple[Factors, float, float] | None:
     """Return (factors, |what was cut off|^2, |Delta|^2) of one layer, the last two 0 where the factors are exact by
     construction; None if nothing was done to it. exact: whether adapters were put on the base's own weights, whatever
-    the types that these are held in now.
+    the types that these are held in now. trained: whether its own weight was trained too.
     """
     held = stack(layer)
     weight = own_weight(layer)
@@ -133,7 +136,7 @@ def factors_of(
             f"the weight of '{name}' was quantized after a start took part of it, so that the adapter fits no other "
             "base: give the base and a rank, or fold the model and save it."
         )
-    if exact and not weight.requires_grad and not rounded:
+    if exact and not rounded:
         plain = plain_factors(held) if held else _no_factors(layer)
         if plain is not None and (rank is None or (plain.rank <= rank and plain.magnitude is None)):
             if base is not None and _moved(*(getattr(one, "bias", None) for one in (layer, base))) is not None:
@@ -142,7 +145,7 @@ def factors_of(
     if base is None:
         if not held:
             return None
-        if weight.requires_grad or any(part.replaces for part in held):
+        if trained or any(part.replaces for part in held):
             raise BadInput(
                 f"the parametrization of '{name}' ({_kinds(held)}) is no low-rank update: give the base and a rank to "
                 "cut it off at, or fold the model and save it."
@@ -257,14 +260,38 @@ def cut_off(update: Update, base: nn.Module, rank: int) -> Update:
     return made
 
 
+def moved_weights(model: nn.Module) -> set[int]:
+    """Return the identities of frozen parameters that are not what they were under the adapters, by their digests: what
+    was trained stays trained though a model is frozen to be served.
+    """
+    noted: Origin = getattr(unwrapped(model), "_plait_origin", {})
+    frozen = {name: p for name, p in model.named_parameters() if name in noted and not p.requires_grad}
+    now = {name: value for name, p in frozen.items() if (value := digest(p)) is not None}
+    return {id(frozen[name]) for name, alike in compared(now, noted).items() if not alike}
+
+
+def _moved_weight(layer: nn.Module, base: nn.Module | None, moved: set[int]) -> bool:
+    """Say whether a layer's own weight is not the base's, other than by what a start took out of it; not known of
+    quantized weights, which cannot be trained.
+    """
+    weight = own_weight(layer)
+    if base is None:
+        other = id(weight) in moved
+    else:
+        plain = all(type(each) in (Tensor, nn.Parameter) for each in (weight, own_weight(base)))
+        other = plain and not _alike(weight, own_weight(base))
+    return other and all(part.taken() is None for part in stack(layer))
+
+
 def trained_beside(model: nn.Module) -> list[str]:
     """Return the smallest layers that hold trained parameters which belong to no adapter, or running statistics that
     moved; of a weight that layers share all of them, for peft gives each a weight of its own.
     """
-    names = []
+    names, moved = [], moved_weights(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, kind = name.rpartition(".")
-        if not parameter.requires_grad or ".plait." in f".{name}" or owner in names:
+        trained = parameter.requires_grad or id(parameter) in moved
+        if not trained or ".plait." in f".{name}" or owner in names:
             continue
         adapted = stack(model.get_submodule(owner))
         if adapted and kind == "weight":
@@ -290,7 +317,7 @@ def changed_beside(model: nn.Module, base: nn.Module, cut: bool = True) -> list[
     of low rank: not those that are new, nor, unless it is to be cut off, those that were trained whole beside adapters.
     """
     before, names = dict(_tensors(base)), []
-    beside = [] if cut else _trained_whole(model)
+    beside = [] if cut else _trained_whole(model, base)
     for name, tensor in _tensors(model):
         owner = name.rpartition(".")[0]
         linear = is_linear_map(model.get_submodule(owner)) and not is_fresh(model, name) and owner not in beside
@@ -306,10 +333,20 @@ def changed_beside(model: nn.Module, base: nn.Module, cut: bool = True) -> list[
     return names
 
 
-def _trained_whole(model: nn.Module) -> list[str]:
-    """Return the linear maps without adapters whose weights are trained, where other layers have adapters."""
+def _trained_whole(model: nn.Module, base: nn.Module) -> list[str]:
+    """Return the linear maps without adapters whose weights were trained, where other layers have adapters; not those
+    that were others before, as where an adapter was folded into them.
+    """
+    before, same = dict(base.named_modules()), compared(origin_of(model), origin_of(base))
     layers = [(name, layer) for name, layer in model.named_modules() if is_linear_map(layer)]
-    whole = [name for name, layer in layers if not stack(layer) and own_weight(layer).requires_grad]
+
+    def trained(name: str, layer: nn.Module) -> bool:
+        if own_weight(layer).requires_grad:
+            return True
+        under = before.get(name, layer)
+        return is_linear_map(under) and same.get(f"{name}.weight", True) and _moved_weight(layer, under, set())
+
+    whole = [name for name, layer in layers if not stack(layer) and trained(name, layer)]
     return whole if any(stack(layer) for _, layer in layers) else []
 
 
