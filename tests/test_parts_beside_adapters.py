@@ -233,6 +233,42 @@ def test_a_weight_that_was_trained_under_its_adapter_is_no_low_rank_update_once_
     assert update_of(model, base, rank=2).error > 0.1
 
 
+class Embedder(nn.Module):
+    """A layer and a parameter beside it in one module, as a vision transformer's patches and its token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.project = nn.Parameter(torch.zeros(8)), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x) + self.token
+
+
+def test_a_parameter_whose_module_holds_adapted_layers_is_refused(tmp_path: Path) -> None:
+    base, x = nn.Sequential(Embedder(), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 6)
+
+    def trained(where: str) -> nn.Module:
+        model = copy.deepcopy(base)
+        LoRA(rank=2, where=where, train="token").parametrize(model)
+        with torch.no_grad():
+            model[0].token += 1
+        return model
+
+    model = trained(".*")
+    for write in (
+        lambda: save_adapter(model, tmp_path),
+        lambda: update_of(model, base),
+        lambda: update_of(model, base, rank=2),
+        lambda: Adapters(copy.deepcopy(base)).add("x", model),
+    ):
+        with pytest.raises(BadInput, match=r"'0.token' was trained, and .* not beside the adapter of '0.project' in"):
+            write()
+    alone = trained("2")
+    save_adapter(alone, tmp_path)
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), alone(x))
+    torch.testing.assert_close(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), alone(x))
+
+
 def test_a_where_that_is_no_pattern_is_refused() -> None:
     with pytest.raises(BadInput, match=r"where is '\(', which is no regular expression"):
         LoRA(where="(").parametrize(nn.Sequential(nn.Linear(2, 2)))

@@ -97,7 +97,9 @@ def write_update(update: Update, model: nn.Module, folder: str | Path, base_mode
         layer = model.get_submodule(name)
         _refuse_what_peft_lacks(name, layer, bool(shifted))
         tensors |= _to_peft(f"{PREFIX}{name}", layer, factors, bool(shifted))
-    whole = sorted({name.rpartition(".")[0] for name in update.whole})
+    owners = {name.rpartition(".")[0] for name in update.whole}
+    inside = {name for name in owners if any(name.startswith(f"{owner}.") for owner in owners)}
+    whole = sorted(owners - inside)  # peft takes all of a module that it is to save
     _refuse_names_peft_misses(model, [*found, *whole])
     config = _config(model, found, whole, base_model)
     folder = Path(folder)

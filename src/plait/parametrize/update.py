@@ -300,6 +300,7 @@ def trained_beside(model: nn.Module) -> list[str]:
             raise BadInput(
                 f"'{name}' is trained, and PEFT's files cannot hold it beside the adapter: freeze it, or fold."
             )
+        _refuse_adapters_inside(model, name)
         names.append(owner)
     for name in moved_buffers(model):
         owner = name.rpartition(".")[0]
@@ -308,8 +309,20 @@ def trained_beside(model: nn.Module) -> list[str]:
                 f"'{name}' changed in training, and PEFT's files cannot hold it: fold the model and save it."
             )
         if owner not in names:
+            _refuse_adapters_inside(model, name)
             names.append(owner)
     return names
+
+
+def _refuse_adapters_inside(model: nn.Module, name: str) -> None:
+    """Refuse a tensor that changed whose module would come along whole, and with it adapted layers inside."""
+    owner = name.rpartition(".")[0]
+    inside = next((part for part, m in model.get_submodule(owner).named_modules(prefix=owner) if stack(m)), None)
+    if inside is not None:
+        raise BadInput(
+            f"'{name}' was trained, and PEFT's files hold a '{owner}' only whole, not beside the adapter of '{inside}' "
+            "in it: freeze the one, leave the other out of where, or fold the model and save it."
+        )
 
 
 def changed_beside(model: nn.Module, base: nn.Module, cut: bool = True) -> list[str]:
@@ -329,6 +342,7 @@ def changed_beside(model: nn.Module, base: nn.Module, cut: bool = True) -> list[
             continue
         if not owner:
             raise BadInput(f"'{name}' was trained, and PEFT's files cannot hold it: fold the model and save it.")
+        _refuse_adapters_inside(model, name)
         names.append(owner)
     return names
 
