@@ -174,6 +174,44 @@ def test_each_row_has_its_own_adapter(make: Any) -> None:
             assert base.words(IDS[:0]).shape == (0, *IDS.shape[1:], 12)
 
 
+class Mixture(nn.Module):
+    """Tokens [n, t, 8] that are flattened, each of which one expert sees, or (of one expert) all."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.mlps = nn.Linear(8, experts), nn.ModuleList(nn.Linear(8, 8) for _ in range(experts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 8)
+        chosen, output = self.gate(flat).argmax(-1), torch.zeros_like(flat)
+        for number, expert in enumerate(self.mlps):
+            mine = (chosen == number).nonzero().flatten()
+            output = output.index_copy(0, mine, expert(flat[mine]))
+        return output.view(x.shape)
+
+
+@pytest.mark.parametrize("experts", [2, 1])
+def test_tokens_are_mixed_only_where_each_is_known_to_be_of_its_row(experts: int) -> None:
+    base = Mixture(experts)
+    models = {name: trained(base, LoRA(rank=2, where=r"mlps\.\d"), n) for n, name in enumerate(("a", "b"))}
+    adapters = Adapters(base)
+    for name, model in models.items():
+        adapters.add(name, model)
+    for seed in range(20):  # among them passes in which an expert sees just as many tokens as there are rows
+        x = torch.randn(2, 1 + seed % 4, 8, generator=torch.Generator().manual_seed(seed))
+        if experts > 1 or x.shape[1] > 1:
+            with adapters.mixed(["a", "b"]), pytest.raises(BadInput, match="vectors, which need not be the 2 rows"):
+                base(x)
+        if experts == 1:
+            with adapters.mixed(["a", "a"]):
+                torch.testing.assert_close(out(base, x), out(models["a"], x))
+            with adapters.mixed(["a", "b"], flat=True):
+                mixed = out(base, x)
+            for row, model in enumerate(models.values()):
+                torch.testing.assert_close(mixed[row], out(model, x)[row])
+
+
 def test_rows_of_beams_follow_their_batch_row_in_generation() -> None:
     base = tiny_llama()
     models = {name: trained(base, LoRA(rank=2), n) for n, name in enumerate(("a", "b"))}

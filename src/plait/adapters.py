@@ -11,7 +11,7 @@ from torch import nn
 
 from plait.errors import BadInput, did_you_mean
 from plait.layers import unwrapped
-from plait.parametrize.bank import NONE, Bank, Choice, Copies, copies_of, drop_copies, keep_copies
+from plait.parametrize.bank import NONE, Bank, Choice, Copies, copies_of, drop_copies, keep_copies, routed_layers
 from plait.parametrize.base import attach, detach, stack
 from plait.parametrize.origin import origin_of, record_origin, refuse_another_base
 from plait.parametrize.update import Update, cut_off, update_of
@@ -54,7 +54,7 @@ class Adapters:
         if held is not None:
             raise BadInput(f"'{held}' has an adapter of its own: fold it, or give the base, and add the model to that.")
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self._choice, self._places, self._rank = Choice(device), room + 1, rank
+        self._choice, self._places, self._rank = Choice(device, routed_layers(self.model)), room + 1, rank
         self._place: dict[str, int] = {}
         record_origin(self.model)
         self._origin = origin_of(self.model)
@@ -93,11 +93,12 @@ class Adapters:
         self._choice.one.fill_(place)
 
     @contextmanager
-    def mixed(self, names: Sequence[str | None]) -> Iterator[None]:
+    def mixed(self, names: Sequence[str | None], *, flat: bool = False) -> Iterator[None]:
         """Use an adapter of its own for each row of the batches in this block; None: the base alone.
 
-        Rows run along the first dimension everywhere in the model; where a layer sees k times as many (beams, flattened
-        tokens), each name stands for k rows in turn.
+        Rows run along the first dimension everywhere in the model; where a layer sees k times as many (beams), each
+        name stands for k rows in turn. flat: whether that holds for layers that see vectors [n, in] too, more than
+        there are names (flattened tokens). It does not where experts see some of the tokens: they are refused.
         """
         backwards = next((n for n, m in self.model.named_modules() if getattr(m, "batch_first", True) is False), None)
         if backwards is not None:
@@ -105,12 +106,14 @@ class Adapters:
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:
             raise BadInput(f"`mixed` got {names!r}: give a list of names, one for each row of the batch.")
         self._refuse_folded()
-        before = self._choice.rows
-        self._choice.rows = torch.tensor([self._at(name) for name in names], device=self._choice.one.device)
+        before = self._choice.rows, self._choice.flat
+        places = [self._at(name) for name in names]
+        self._choice.flat = flat or len(set(places)) == 1
+        self._choice.rows = torch.tensor(places, device=self._choice.one.device)
         try:
             yield
         finally:
-            self._choice.rows = before
+            self._choice.rows, self._choice.flat = before
 
     # -- adding and removing -------------------------------------------------------------------------------------------
     def add(

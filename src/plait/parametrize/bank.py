@@ -25,23 +25,50 @@ NONE = 0
 
 
 class Choice:
-    """The place in the tables of the update that all rows use, `one` [1], or that each row uses, `rows` [n] or None."""
+    """The place in the tables of the update that all rows use, `one` [1], or that each row uses, `rows` [n] or None.
 
-    def __init__(self, device: torch.device) -> None:
+    routed: the layers that may see some of the tokens. flat: whether the vectors [n, in] that a layer sees are those of
+    all rows in turn for certain.
+    """
+
+    def __init__(self, device: torch.device, routed: frozenset[str] = frozenset()) -> None:
         self.one = torch.full((1,), NONE, device=device)
         self.rows: Tensor | None = None
+        self.routed, self.flat = routed, False
 
-    def rows_of(self, count: int, name: str) -> Tensor:
-        """Return the place for each of `count` rows that a layer sees: those of the batch, each once or `k` times over,
-        as beams and flattened tokens are.
+    def rows_of(self, layer: nn.Module, inputs: Tensor, name: str) -> Tensor:
+        """Return the place for each row of a layer's inputs: those of the batch, each once or `k` times over, as beams
+        are. Of vectors [n, in] more than the batch has, or an expert's, nobody knows which rows they are of.
         """
         assert self.rows is not None
-        batch = len(self.rows)
+        batch, count = len(self.rows), len(inputs)
+        vectors = inputs.dim() <= (1 if isinstance(layer, nn.Embedding) else 2)
+        if vectors and count and not self.flat and (count != batch or name in self.routed):
+            raise BadInput(
+                f"'{name}' sees {count} vectors, which need not be the {batch} rows in turn (experts see some of the "
+                "tokens): switch instead, or give `mixed` flat=True if no layer picks among them."
+            )
         if count % batch:
             raise BadInput(
                 f"'{name}' sees {count} rows where adapters were named for {batch}: name one for each row of the batch."
             )
         return self.rows.unsqueeze(1).expand(batch, count // batch).reshape(-1)
+
+
+def routed_layers(model: nn.Module) -> frozenset[str]:
+    """Return the names of layers that may see some of the tokens: what is called an expert, and what is in a list of as
+    many as a matrix has rows or columns, which may be a router's.
+
+    >>> experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    >>> model = nn.ModuleDict({"gate": nn.Linear(4, 2), "mlps": experts, "expert": nn.Linear(4, 4)})
+    >>> sorted(routed_layers(model))
+    ['expert', 'mlps.0', 'mlps.1']
+    """
+    sizes = {size for p in model.parameters() if p.dim() == 2 for size in p.shape}
+    parts = dict(model.named_modules())
+    lists = [n for n, m in parts.items() if isinstance(m, nn.ModuleList | nn.ModuleDict) and len(m) > 1 and n]
+    members = tuple(f"{name}." for name in lists if len(parts[name]) in sizes)
+    return frozenset(name for name in parts if "expert" in name or name.startswith(members))
 
 
 class Bank(Parametrization):
@@ -131,7 +158,7 @@ class Bank(Parametrization):
             moved = output + branch.to(output.dtype)
             shift = self.shift()
             return moved if shift is None else moved + _over(layer, shift.to(moved.dtype))
-        rows = self.choice.rows_of(inputs.shape[0], self.name).to(inputs.device)
+        rows = self.choice.rows_of(layer, inputs, self.name).to(inputs.device)
         output = below()
         moved = output + self._branches(layer, inputs, rows).to(output.dtype)
         return moved if self.shifts is None else moved + _over_rows(layer, self.shifts[rows].to(moved.dtype), moved)
@@ -235,7 +262,7 @@ class Copies(nn.Module):
             return torch.func.functional_call(plain, chosen, (inputs, *rest), named)
         if rest or named:
             raise BadInput(f"rows cannot be mixed in '{self.name}', which takes more than one input: switch instead.")
-        rows = row_of[self.choice.rows_of(inputs.shape[0], self.name).to(row_of.device)].to(inputs.device)
+        rows = row_of[self.choice.rows_of(plain, inputs, self.name).to(row_of.device)].to(inputs.device)
         chosen = {key: table[rows] for key, table in tables.items()}
 
         def one(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
