@@ -20,7 +20,9 @@ def fold(model: nn.Module) -> nn.Module:
 
     A weight that several layers share is untied where it is folded: each of them gets its own, and a transformers
     model's `config.tie_word_embeddings` becomes False, so that saving and loading keep both. Quantized weights become
-    floating-point ones: what the adapters make of the numbers that the codes stand for.
+    floating-point ones: what the adapters make of the numbers that the codes stand for. Where a model also reads an
+    adapted weight without calling its layer (`F.linear(x, embedding.weight)`), it finds the folded one there, and its
+    outputs are others.
     """
     uses: dict[int, int] = {}
     for layer in model.modules():
