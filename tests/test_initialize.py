@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from plait import BadInput, Batch, LoRA, Now, train
 from plait.engine import Engine
 from plait.initialize.activation_svd import EVA, input_rows
-from plait.initialize.base import to_plain_lora
+from plait.initialize.base import Start, to_plain_lora
 from plait.initialize.gradient_svd import GradientStart, LoRAGA, LoRAOne
 from plait.initialize.weight_svd import PiSSA
 from plait.math.svd import RowSVD, SumSVD, exact_svd, gram_svd, sketched_svd
@@ -197,6 +197,21 @@ def test_a_started_and_trained_adapter_becomes_plain_lora_of_the_untouched_base(
 
 class Stopped(Exception):
     pass
+
+
+ANEW = r"^{} would start the adapter of '0' a second time, and the part of the weight that it holds would be lost: drop"
+
+
+@pytest.mark.parametrize("start", [PiSSA(), EVA()])
+def test_an_adapter_that_holds_a_part_of_the_weight_is_not_started_again(start: Start) -> None:
+    model, data = with_adapters(nn.Sequential(nn.Linear(8, 8))), (drawn(16, 8), torch.arange(16) % 3)
+    PiSSA().initialize(model, Now())
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(BadInput, match=ANEW.format(type(start).__name__)):
+        start.initialize(model, Now())
+    with pytest.raises(BadInput, match=ANEW.format(type(start).__name__)):
+        train(model, data, methods=[start], steps=1)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("start", [PiSSA(), EVA(), LoRAGA(), LoRAOne(precondition=True)], ids=lambda s: s.key)

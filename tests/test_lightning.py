@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from plait import AdamW, BadInput, Clip, Method, Now, method, train
 from plait.finish.quantize import Requantize
 from plait.initialize.sensitivity import SPT
+from plait.initialize.weight_svd import PiSSA
 from plait.integrations.lightning import PlaitCallback
 from plait.method import Ask
+from plait.parametrize.base import untouched_weight
 from plait.parametrize.low_rank import LoRA
 from plait.schedule import Linear
 
@@ -83,6 +85,31 @@ def test_only_the_adapters_move(tmp_path: Path) -> None:
 def test_asking_twice_for_the_same_gradient_changes_nothing(tmp_path: Path) -> None:
     once, twice = fit(tmp_path)[0].model.state_dict(), fit(tmp_path, Twice())[0].model.state_dict()
     assert all(torch.allclose(once[name], twice[name], atol=1e-7) for name in once)
+
+
+@pytest.mark.parametrize("again", ["the same trainer", "a new trainer"])
+def test_a_second_fit_goes_on_without_starting_again(again: str, tmp_path: Path) -> None:
+    module, callback = Module(), PlaitCallback(LoRA(rank=2), PiSSA(), AdamW(lr=1e-12))
+    inputs, targets = data()
+    said, loader = module.model(inputs).detach(), DataLoader(TensorDataset(inputs, targets), batch_size=6)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "default_root_dir": tmp_path} | quiet
+    trainer = lightning.Trainer(callbacks=[callback], **options)
+    trainer.fit(module, loader)
+    if again == "the same trainer":
+        trainer.fit_loop.max_epochs = 2
+    else:
+        trainer = lightning.Trainer(callbacks=[callback], **options)
+    trainer.fit(module, loader)
+    torch.testing.assert_close(module.model(inputs), said)
+    torch.testing.assert_close(untouched_weight(module.model[0]), Module().model[0].weight)
+    assert callback.now.step == 8  # each step once, not twice through a step that was wrapped twice
+
+
+def test_a_callback_for_two_modules_is_refused(tmp_path: Path) -> None:
+    _, callback = fit(tmp_path, LoRA(rank=2))
+    with pytest.raises(BadInput, match=r"^this PlaitCallback acts on another module already: make a new one for each"):
+        callback.setup(lightning.Trainer(logger=False), Module(), "fit")
 
 
 def test_penalties_reach_the_gradient(tmp_path: Path) -> None:

@@ -21,9 +21,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from plait import PSKD, BadInput
+from plait import PSKD, AdamW, BadInput, Method
+from plait.forward.dropout import Dropout
+from plait.initialize.activation_svd import EVA
+from plait.initialize.weight_svd import PiSSA
 from plait.integrations.transformers import Trainer
-from plait.parametrize.base import attached
+from plait.parametrize.base import attached, untouched_weight
 from plait.parametrize.hypercomplex import Compacter
 from plait.parametrize.low_rank import LoRA
 from plait.parametrize.module_selection import DiffoRA, GatedLowRank
@@ -99,6 +102,40 @@ def test_resumes_bitwise(tmp_path: Path) -> None:
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     one, other = state(whole), state(resumed)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("start", [PiSSA(), EVA()])
+def test_a_second_train_goes_on_without_starting_again(start: Method, tmp_path: Path) -> None:
+    model = llama()
+    methods = [LoRA(rank=4, where=".*_proj"), start, Dropout(rate=0.1, where=".*_proj"), AdamW(lr=1e-2)]
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(), methods=methods)
+    trainer.train()
+    hooks = [len(part._forward_hooks) for part in model.modules()]
+    before, said = state(model), model.eval()(rows()[0]["input_ids"][None]).logits
+    trainer.methods[-1] = AdamW(lr=1e-12)
+    trainer.train()
+    assert largest_difference(before, state(model)) < 1e-6
+    torch.testing.assert_close(model.eval()(rows()[0]["input_ids"][None]).logits, said)
+    assert hooks == [len(part._forward_hooks) for part in model.modules()]
+
+
+def test_a_smaller_batch_after_an_out_of_memory_error_finds_the_adapters_started(tmp_path: Path) -> None:
+    class Full(Trainer):
+        failed = False
+
+        def training_step(self, *given: Any, **named: Any) -> torch.Tensor:
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(*given, **named)
+
+    model, token = llama(), rows()[0]["input_ids"][None]
+    said = model.eval()(token).logits
+    methods = [LoRA(rank=4, where=".*_proj"), PiSSA(), AdamW(lr=1e-12)]
+    Full(model, arguments(tmp_path, auto_find_batch_size=True), train_dataset=rows(), methods=methods).train()
+    torch.testing.assert_close(model.eval()(token).logits, said, rtol=1e-4, atol=1e-5)
+    layer = model.model.layers[0].mlp.up_proj
+    torch.testing.assert_close(untouched_weight(layer), llama().model.layers[0].mlp.up_proj.weight)
 
 
 def test_what_methods_let_layers_share_is_saved_and_resumed(tmp_path: Path) -> None:

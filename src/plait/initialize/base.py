@@ -50,6 +50,12 @@ class Start(Method):
             raise BadInput(
                 f"{title} starts {kind} adapters, but the model has none: put a method that adds them before it."
             )
+        moved = next((name for name, _, adapter in chosen if adapter.taken() is not None), None)
+        if moved is not None:
+            raise BadInput(
+                f"{title} would start the adapter of '{moved}' a second time, and the part of the weight that it holds "
+                f"would be lost: drop {title} to train on, or fold the model first."
+            )
         if self.moves:
             users = sharers(model)
             for name, layer, _ in chosen:

@@ -46,6 +46,9 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
         self.methods, self.attribute, self.now = list(methods), model, Now(misfit=_no_misfit)
         self.measures: dict[str, list[dict[str, Any]]] = {}
         self.model: nn.Module | None = None
+        self._module: Any = None
+        self._optimizer_step: Any = None
+        self._starts, self._forwards = list(self.methods), list(self.methods)
         for m in self.methods:
             for place in ("loss", "batch", "batch_size", "examples"):
                 if getattr(type(m), place) is not getattr(Method, place):
@@ -66,8 +69,11 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check the methods, attach adapters, take over the optimizer."""
-        if stage != "fit" or self.model is not None:
+        if stage != "fit" or pl_module is self._module:
             return
+        if self._module is not None:
+            raise BadInput("this PlaitCallback acts on another module already: make a new one for each module.")
+        self._module = pl_module
         network = self.model = self.network(pl_module)
         check(network, self.methods)
         several = [m for m in self.methods if getattr(m, "calls", 1) != 1]
@@ -84,7 +90,7 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
                 "the optimizer before that: use plait.train or transformers' Trainer for it."
             )
         if any(type(m).optimizer is not Method.optimizer for m in self.methods):
-            pl_module.configure_optimizers = lambda: optimizer_for(self.methods, network)
+            pl_module.configure_optimizers = lambda: optimizer_for(self.methods, self.network(pl_module))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the starts, attach what changes activations, wrap the oracle."""
@@ -107,8 +113,10 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
 
         now.ask, now.calibration = plain, calibration
         now.call = lambda model, rows: model(rows[0] if isinstance(rows, list | tuple) else rows)
+        # A fit after the first one goes on: what was started stays, and what changes activations stands once.
         if trainer.global_step == 0:
-            for m in self.methods:
+            while self._starts:
+                m = self._starts[0]
                 before = {id(p) for p in network.parameters() if p.requires_grad}
                 m.initialize(network, now)
                 if late := [n for n, p in network.named_parameters() if p.requires_grad and id(p) not in before]:
@@ -116,9 +124,11 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
                         f"{type(m).__name__} decides what is trained ('{late[0]}') at its start, after Lightning has "
                         "asked for the optimizer: use plait.train or transformers' Trainer for it."
                     )
-        for m in self.methods:
-            m.forward(network, now)
-        self._wrap_step(pl_module, network)
+                self._starts.pop(0)
+        self._starts.clear()
+        while self._forwards:
+            self._forwards.pop(0).forward(network, now)
+        self._wrap_step(pl_module)
 
     def _steps(self, trainer: Any) -> int:
         """Return the number of steps of the run; where nobody knows it, refuse what is scheduled over it."""
@@ -133,8 +143,9 @@ class PlaitCallback(lightning.Callback):  # type: ignore[misc]
                 )
         return sys.maxsize
 
-    def _wrap_step(self, pl_module: Any, network: nn.Module) -> None:
-        original = pl_module.optimizer_step
+    def _wrap_step(self, pl_module: Any) -> None:
+        network = self.network(pl_module)
+        original = self._optimizer_step = self._optimizer_step or pl_module.optimizer_step
 
         def optimizer_step(epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             lowest: list[Any] = []

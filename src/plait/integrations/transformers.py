@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             m.parametrize(model)
         self.now = Now()
         self.measures: dict[str, list[dict[str, Any]]] = {}
+        self._starts: list[Callable[[nn.Module, Now], None]] = [m.initialize for m in self.methods]
+        self._forwards: list[Callable[[nn.Module, Now], None]] = [m.forward for m in self.methods]
         self._held: list[Batch] = []
         self._seen = 0
         super().__init__(model, *rest, **options)
@@ -146,18 +148,23 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         ask: Ask = oracle(engine, now.misfit, self.methods, 1)
         now.ask = ask
         if resumed is None:
-            for m in self.methods:
-                m.initialize(self.model, now)
+            self._once(self._starts)
         elif (Path(resumed) / MEMORY).exists():
             for name, tensor in read_tensors(Path(resumed) / MEMORY).items():
                 method, _, key = name.partition("\n")
                 now.memory.setdefault(method, {})[key] = tensor
             now.generator.set_state(now.memory.pop("generator")["state"])
-        for m in self.methods:
-            m.forward(self.model, now)
+        self._starts.clear()
+        self._once(self._forwards)
         for m in self.methods:
             ask = m.gradient(ask)
         self._ask = ask
+
+    def _once(self, places: list[Callable[[nn.Module, Now], None]]) -> None:
+        """Run what no later `train()` runs again, nor one that begins anew with a smaller batch: they go on."""
+        while places:
+            places[0](self.model, self.now)
+            places.pop(0)
 
     @torch.no_grad()
     def _evaluated(self, model: nn.Module) -> float:
