@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plait import BadInput, Batch, LoRA, Now, train
-from plait.engine import Engine
+from plait.engine import Engine, check
 from plait.initialize.activation_svd import EVA, input_rows
 from plait.initialize.base import Start, to_plain_lora
 from plait.initialize.gradient_svd import GradientStart, LoRAGA, LoRAOne
@@ -212,6 +212,16 @@ def test_an_adapter_that_holds_a_part_of_the_weight_is_not_started_again(start: 
     with pytest.raises(BadInput, match=ANEW.format(type(start).__name__)):
         train(model, data, methods=[start], steps=1)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("first", "second"), [(".*", "0"), ("0|1", "0"), ("0", ".*")])
+def test_two_starts_of_one_layer_are_refused_however_their_where_is_written(first: str, second: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    apart = [LoRA(rank=2), PiSSA(where="0"), EVA(where="1")]
+    train(model, (drawn(16, 8), torch.arange(16) % 3), methods=apart, steps=1)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    with pytest.raises(BadInput, match=r"^PiSSA and LoRAGA start the same adapters: keep one, or part them by where.$"):
+        check(model, [LoRA(rank=2), PiSSA(where=first), LoRAGA(where=second)])
 
 
 @pytest.mark.parametrize("start", [PiSSA(), EVA(), LoRAGA(), LoRAOne(precondition=True)], ids=lambda s: s.key)

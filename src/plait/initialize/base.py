@@ -75,12 +75,17 @@ class Start(Method):
     def check(self, model: nn.Module, methods: list[Method]) -> None:
         """Refuse a recipe in which nothing before it adds the adapters that it starts, or that starts them twice."""
         title, before = type(self).__name__, methods[: methods.index(self)]
-        if not any(isinstance(m, Parametrize) for m in before):
+        adding = [m for m in before if isinstance(m, Parametrize)]
+        if not adding:
             if late := [type(m).__name__ for m in methods if isinstance(m, Parametrize)]:
                 raise BadInput(f"{title} starts the adapters that {late[0]} adds: put {title} after {late[0]}.")
             self.found(model)
+        adapted = {name for m in adding for name, _ in m.targets(model)}
+        adapted |= {name for name, _, _ in attached(model, self.starts)}
         for other in before:
-            if isinstance(other, Start) and other.starts is self.starts and other.where == self.where:
+            if not (isinstance(other, Start) and other.starts is self.starts):
+                continue
+            if any(matches(self.where, name) and matches(other.where, name) for name in adapted):
                 raise BadInput(
                     f"{type(other).__name__} and {title} start the same adapters: keep one, or part them by where."
                 )
