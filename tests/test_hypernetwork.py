@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plait import AdamW, BadInput, LoRA, Now, train
+from plait import AdamW, BadInput, DoRA, LoRA, Now, train
 from plait.initialize.hypernetwork import KINDS, Family, Graph, Hypernetwork, LoGAH, graph_of
+from plait.initialize.weight_svd import PiSSA
+from plait.method import Method
+from plait.parametrize.low_rank_sparse import SLTrain
 from plait.tensors import write_tensors
 
 
@@ -203,6 +206,25 @@ def test_frozen_parts_stay_frozen_and_where_chooses(tmp_path: Path) -> None:
     half = Residual().bfloat16()
     train(half, data, methods=[LoGAH(source=source)], steps=1)
     assert half.up.weight.dtype == torch.bfloat16
+
+
+def test_adapters_that_hold_nothing_of_the_weights_leave_the_start_as_it_is(tmp_path: Path) -> None:
+    source, data = saved(small(), tmp_path), (TOKENS, TOKENS[:, 0] % 3)
+    torch.manual_seed(1)
+    model = Residual()
+    alone, adapted, before = model, copy.deepcopy(model), copy.deepcopy(model)
+    train(alone, data, methods=[LoGAH(source=source), AdamW(lr=1e-12)], steps=1)
+    train(adapted, data, methods=[LoRA(rank=2), LoGAH(source=source), PiSSA(), AdamW(lr=1e-12)], steps=1)
+    torch.testing.assert_close(adapted(TOKENS), alone(TOKENS))
+    refused: list[tuple[list[Method], str]] = [
+        (DoRA(rank=2), "LoGAH writes the weight of 'words', and DoRA was made of the one before: drop one, or part"),
+        ([LoRA(rank=2), PiSSA()], "of which a start took a part before: put LoGAH before that start"),
+        ([SLTrain(rank=2, density=0.3)], "that is not in use beside SLTrain: drop one, or part them by where"),
+    ]
+    for adapters, says in refused:
+        with pytest.raises(BadInput, match=says):
+            train(copy.deepcopy(before), data, methods=[*adapters, LoGAH(source=source)], steps=1)
+    train(before, data, methods=[*DoRA(rank=2, where="up"), LoGAH(source=source, where="down")], steps=1)
 
 
 def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:

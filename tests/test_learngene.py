@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plait import SGD, AdamW, BadInput, LoRA, Now, train
+from plait import SGD, AdamW, BadInput, DoRA, LoRA, Now, train
 from plait.initialize.learngene import SWS, TLEG, Learngene, line_through, sequences, stages_of
+from plait.initialize.weight_svd import PiSSA
 from plait.method import Method
 from plait.tensors import write_tensors
 
@@ -233,6 +234,12 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
         (Deep(3), [SWS(stages=(2, 2))], r"'blocks' has 3 layers"),
         (Deep(2), [SWS(source=source)], "has 3 stages, and 'blocks' 2 layers"),
         (Deep(4), [SWS(source=source, stages=(2, 2))], "4 layers for 3 stages"),
+        (Deep(4), [*DoRA(rank=2), TLEG(source=source)], r"and DoRA was made of the one before: drop one, or part them"),
+        (
+            Deep(4),
+            [LoRA(rank=2), PiSSA(), SWS(source=source)],
+            r"a start took a part before: put SWS before that start",
+        ),
         (Deep(4), [TLEG(source=str(tmp_path / "none"))], "there is no file"),
     ]
     for model, methods, says in cases:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plait import SGD, Adam, AdamW, BadInput, Now, train
+from plait import SGD, Adam, AdamW, BadInput, DoRA, LoRA, Now, train
 from plait.engine import optimizer_for, prepared
+from plait.initialize.weight_svd import PiSSA
 from plait.initialize.width import NTK, STANDARD, MuP, base_shapes
 from plait.method import Method
+from plait.parametrize.core import LoRAXS
 from plait.parametrize.folding import fold
+from plait.parametrize.singular import SORSA, SVFit
 from plait.schedule import Linear
 from plait.step.layerwise import LAMB
 
@@ -365,6 +368,17 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
         train(odd, data(), methods=[MuP(base=4)], steps=1)
     with pytest.raises(BadInput, match=r"MuP.base"):
         MuP(base=0)
+
+
+@pytest.mark.parametrize("adapter", [*DoRA(rank=2)[1:], SORSA(rank=2), SVFit(rank=2), LoRAXS(rank=2)])
+def test_adapters_made_of_the_weights_before_are_refused(adapter: Method) -> None:
+    name = {"Magnitude": "DoRA"}.get(type(adapter).__name__, type(adapter).__name__)
+    with pytest.raises(
+        BadInput, match=rf"^MuP writes the weight of '\w+', and {name} was made of the one before: drop"
+    ):
+        train(Net(32), data(), methods=[adapter, MuP(base=8)], steps=1)
+    with pytest.raises(BadInput, match=r"of which a start took a part before: put MuP before that start.$"):
+        train(Net(32), data(), methods=[LoRA(rank=2), PiSSA(), MuP(base=8)], steps=1)
 
 
 def test_half_the_network_can_be_left_as_it_is() -> None:

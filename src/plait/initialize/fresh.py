@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
 from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix_shape, own_weight, require_layers
 from plait.method import Method, Now, method
-from plait.parametrize.base import Adapter, set_weight
+from plait.parametrize.base import Adapter, set_weight, stack
 
 
 def is_map(layer: nn.Module) -> bool:
     """Say whether a layer is a linear map of activations: Linear, convolution, transformers' Conv1D."""
     return isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or is_transformers_conv1d(layer)
+
+
+def refuse_adapted(method: Method, model: nn.Module, written: Iterable[Tensor]) -> None:
+    """Refuse to write weights that an adapter holds something of: its norms, its singular vectors, what a start took.
+
+    Adapters are made before any start runs, of the weights as they were then.
+    """
+    title, ids = type(method).__name__, {id(weight) for weight in written}
+    for name, layer in model.named_modules():
+        for part in stack(layer) if id(layer._parameters.get("weight")) in ids else []:
+            made_by = part.made_by or type(part).__name__
+            if part.of_weight:
+                raise BadInput(
+                    f"{title} writes the weight of '{name}', and {made_by} was made of the one before: drop one, or "
+                    "part them by where."
+                )
+            if part.replaces:
+                raise BadInput(
+                    f"{title} would write the weight of '{name}', but that is not in use beside {made_by}: drop one, "
+                    "or part them by where."
+                )
+            if part.taken() is not None:
+                raise BadInput(
+                    f"{title} would write the weight of '{name}', of which a start took a part before: put {title} "
+                    "before that start."
+                )
 
 
 @method

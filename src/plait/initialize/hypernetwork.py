@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 from plait.catalogue import paper
 from plait.errors import BadInput
+from plait.initialize.fresh import refuse_adapted
 from plait.layers import CONVOLUTIONS, evaluating, is_linear_map, matches_weight, matrix, unmatrix
 from plait.method import Method, Now, method
+from plait.parametrize.base import without_stacks
 from plait.tensors import State, read_state
 
 KINDS = ("linear", "convolution", "embedding", "gain", "bias", "other")
@@ -301,7 +303,8 @@ class LoGAH(Method):
     of one size. Only the abstract and the code could be read for this.
 
     source: a file or folder of a hypernetwork or of a family. where: names of layers or weights that it writes. Raises
-    BadInput for weights with a side longer than the hypernetwork's `most`.
+    BadInput for weights with a side longer than the hypernetwork's `most`, and for those that an adapter or a start
+    before it was made of.
 
     >>> import tempfile, pathlib
     >>> from plait.tensors import write_tensors
@@ -330,12 +333,15 @@ class LoGAH(Method):
         try:
             for p, _ in trained:
                 p.requires_grad_(p.is_floating_point())
-            with evaluating(model), torch.enable_grad(), torch.random.fork_rng():
+            # The graph of the model itself: what adapters compute would stand between its weights.
+            with evaluating(model), without_stacks(model), torch.enable_grad(), torch.random.fork_rng():
                 graph = graph_of(model, now.call(model, batch.inputs))
         finally:
             for p, wanted in trained:
                 p.requires_grad_(wanted)
+        chosen = [name for name in graph.names if matches_weight(self.where, name)]
+        refuse_adapted(self, model, map(model.get_parameter, chosen))
         with torch.no_grad():
-            for name, weight in self.read().weights(model, graph).items():
-                if matches_weight(self.where, name):
-                    model.get_parameter(name).copy_(weight)
+            made = self.read().weights(model, graph)
+            for name in chosen:
+                model.get_parameter(name).copy_(made[name])

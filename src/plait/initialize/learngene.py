@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
+from plait.initialize.fresh import refuse_adapted
 from plait.layers import matches, repeated_layers
 from plait.method import Method, Now, method
 from plait.tensors import State, read_state
@@ -147,13 +148,17 @@ class Learngene(Method):
         state, found = self.read(model)
         own, lists = model.state_dict(keep_vars=True), self.lists(model)
         repeated = tuple(f"{layer}." for layers, _ in lists.values() for layer in layers)
-        for name, value in own.items():
-            if name in state and state[name].shape == value.shape and not name.startswith(repeated):
-                value.copy_(state[name])
+        made = {
+            name: state[name]
+            for name, value in own.items()
+            if name in state and state[name].shape == value.shape and not name.startswith(repeated)
+        }
         for name, (layers, weights) in lists.items():
             for layer, values in zip(layers, self.expanded(name, found[name], len(layers)), strict=True):
-                for weight in weights:
-                    own[f"{layer}.{weight}"].copy_(values[weight])
+                made |= {f"{layer}.{weight}": values[weight] for weight in weights}
+        refuse_adapted(self, model, map(own.__getitem__, made))
+        for name, value in made.items():
+            own[name].copy_(value)
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
         """Refuse a source that does not fit, and what would write to the weights of layers that have none."""
@@ -187,7 +192,8 @@ class TLEG(Learngene):
 
     fit: without a source, begin at the line nearest to the layers as they are, for a network that is trained already.
     where: lists of layers, as in "encoder.layer"; unless given, every list whose members are alike. Raises BadInput for
-    networks without such a list, and beside adapters and constraints while the genes are trained.
+    networks without such a list, beside adapters and constraints while the genes are trained, and for weights that an
+    adapter or a start before it was made of.
 
     >>> from plait import train
     >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Number
+from plait.initialize.fresh import refuse_adapted
 from plait.layers import CONVOLUTIONS, is_linear_map, is_transformers_conv1d, layers, matches, matrix_shape, own_bias
 from plait.method import Method, Now, method
 from plait.parametrize.base import Parametrization, attach
@@ -127,7 +128,8 @@ class MuP(Method):
     depends on width, "fan-in" (torch's layers) or "constant" (transformers' `initializer_range`). rule: what the
     optimizer is like; "auto" knows Adam's and SGD's kin. exponents: (a, b, c) for "input", "hidden" and "output" in
     place of muP's; STANDARD and NTK are such. where: names of layers or weights. For starts from nothing: it rescales
-    what it finds. Raises BadInput at the base's own width, and for optimizers that scale by a whole weight.
+    what it finds. Raises BadInput at the base's own width, for optimizers that scale by a whole weight, and for weights
+    that an adapter or a start before it was made of.
 
     >>> model = nn.Sequential(nn.Linear(2, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False), nn.Linear(64, 3))
     >>> rule = torch.optim.Adam(model.named_parameters())
@@ -350,8 +352,10 @@ class MuP(Method):
     @torch.no_grad()
     def initialize(self, model: nn.Module, now: Now) -> None:
         """Scale the start of each weight."""
-        for name, factor in self.starts(model).items():
-            model.get_parameter(name).mul_(factor)
+        starts = {model.get_parameter(name): factor for name, factor in self.starts(model).items()}
+        refuse_adapted(self, model, (p for p, factor in starts.items() if factor != 1))
+        for p, factor in starts.items():
+            p.mul_(factor)
 
 
 def _has_range(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ W -> first.dense(W) -> second.dense(...). The layer's own weight keeps its name 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -38,11 +39,13 @@ P = TypeVar("P", bound="Parametrization")
 class Parametrization(nn.Module):
     """W' = dense(W), for the matrix W [out, in] of one layer; its parameters are what is trained.
 
-    replaces: whether W' has nothing of W, so that what is under this parametrization has no effect. linear: whether it
-    makes a weight at all; if not, it acts `after` all those that do, and no weight can hold it.
+    replaces: whether W' has nothing of W, so that what is under this parametrization has no effect. of_weight: whether
+    it holds something of W as it was when attached (norms, singular vectors, places). linear: whether it makes a weight
+    at all; if not, it acts `after` all those that do, and no weight can hold it.
     """
 
     replaces: ClassVar[bool] = False
+    of_weight: ClassVar[bool] = False
     linear: ClassVar[bool] = True
     made_by: ClassVar[str] = ""
     """The method that users know it by, where other methods look for it."""
@@ -238,6 +241,17 @@ def detach(layer: nn.Module) -> None:
         del layer.plait
         del layer.__dict__["forward"]
         be_read(layer)
+
+
+@contextmanager
+def without_stacks(model: nn.Module) -> Iterator[None]:
+    """Let every layer run as if nothing were attached to it."""
+    held = [(layer, layer.__dict__.pop("forward")) for layer in model.modules() if stack(layer)]
+    try:
+        yield
+    finally:
+        for layer, forward in held:
+            layer.__dict__["forward"] = forward
 
 
 def attached(model: nn.Module, kind: type[P]) -> Iterator[tuple[str, nn.Module, P]]:

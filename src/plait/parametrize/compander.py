@@ -18,6 +18,9 @@ from plait.parametrize.low_rank import adapter_dtype
 class Companded(Parametrization):
     """v -> a arctan(v / b), with a = exp(log_a) and b = exp(log_b), scalars of the layer."""
 
+    made_by = "WeightCompander"
+    of_weight = True
+
     def __init__(self, a: float, b: float, learn: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.log_a = nn.Parameter(torch.tensor(math.log(a), dtype=dtype), requires_grad=learn)

@@ -19,6 +19,7 @@ class Core(Parametrization):
     """W -> W + scale * B R A,  B: [out, rank] and A: [rank, in] frozen, R: [rank, rank] trained."""
 
     made_by = "LoRAXS"
+    of_weight = True
 
     def __init__(self, a: Tensor, b: Tensor, core: Tensor, scale: float) -> None:
         super().__init__()

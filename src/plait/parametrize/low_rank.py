@@ -285,6 +285,9 @@ def check_rank(method: Parametrize, rank: int, model: nn.Module) -> None:
 class RowNorms(Parametrization):
     """W -> diag(m) W / |W|, |W| the norms of the rows of W: [out], held constant in the backward pass."""
 
+    made_by = "DoRA"
+    of_weight = True
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.magnitude = nn.Parameter(row_norms(weight.to(adapter_dtype(weight))))

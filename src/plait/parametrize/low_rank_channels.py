@@ -26,6 +26,7 @@ class LowRankChannels(Parametrization):
     An input of a convolution has as many columns as its kernel has places.
     """
 
+    made_by = "LOST"
     replaces: ClassVar[bool] = True
     channels: Tensor
 

@@ -21,6 +21,7 @@ from plait.parametrize.sparse import low_rank_and_sparse, random_places, recompu
 class LowRankSparse(Parametrization):
     """W -> scale * B A + S,  A: [rank, in], B: [out, rank], S: [out, in] with values [n] on a fixed support [n]."""
 
+    made_by = "SLTrain"
     replaces: ClassVar[bool] = True
     support: Tensor
 

@@ -18,6 +18,9 @@ from plait.parametrize.base import Parametrization, Parametrize, dense_weight
 class Mixture(Parametrization):
     """W -> ((1 - M) * origin + M * W - p * origin) / (1 - p), M: Bernoulli(1 - p) while training; W otherwise."""
 
+    made_by = "Mixout"
+    of_weight = True
+
     def __init__(self, weight: Tensor, p: float, kernel: int, over: str) -> None:
         super().__init__()
         self.p, self.kernel, self.over = p, kernel, over

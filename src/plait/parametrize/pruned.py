@@ -45,6 +45,9 @@ class PrunedUpdate(Parametrization):
     B: [out, rank], S: [out, in] with values [n] on a fixed support [n], M: [out, in] or [out, 1] of zeros and ones.
     """
 
+    made_by = "DSEE"
+    of_weight = True
+
     support: Tensor
     mask: Tensor
 

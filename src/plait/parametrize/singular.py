@@ -19,6 +19,9 @@ from plait.parametrize.low_rank import adapter_dtype, check_rank, low_rank_outpu
 class SingularTriplets(Parametrization):
     """R -> R + U diag(S) V,  R: the residual [out, in], U: [out, rank], S: [rank], V: [rank, in]."""
 
+    made_by = "SORSA"
+    of_weight = True
+
     def __init__(self, u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.U = nn.Parameter(u.to(dtype).contiguous())
@@ -111,6 +114,7 @@ class SingularScales(Parametrization):
     """W -> W + U diag(S - S0) V,  U: [out, rank], S0: [rank] and V: [rank, in] frozen, S: [rank] trained from S0 on."""
 
     made_by = "SVFit"
+    of_weight = True
 
     def __init__(self, u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype) -> None:
         super().__init__()

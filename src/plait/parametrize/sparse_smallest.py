@@ -26,6 +26,7 @@ class SmallestEntries(SparseDelta):
     """
 
     made_by = "SaRA"
+    of_weight = True
     open: Tensor
     closed: Tensor
 
