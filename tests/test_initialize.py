@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from plait.initialize.activation_svd import EVA, input_rows
 from plait.initialize.base import Start, to_plain_lora
 from plait.initialize.gradient_svd import GradientStart, LoRAGA, LoRAOne
 from plait.initialize.weight_svd import PiSSA
+from plait.math.packed import numbers
 from plait.math.svd import RowSVD, SumSVD, exact_svd, gram_svd, sketched_svd
 from plait.method import Method
 from plait.parametrize.base import attached, dense_weight, untouched_weight
 from plait.parametrize.folding import fold
 from plait.parametrize.low_rank import LowRank
+from plait.parametrize.quantized import Quantize
+from plait.parametrize.singular import SORSA
 from plait.train import oracle
 
 
@@ -193,6 +197,43 @@ def test_a_started_and_trained_adapter_becomes_plain_lora_of_the_untouched_base(
     assert only(wrapped).taken() is None
     torch.testing.assert_close(wrapped(x).detach(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fold(wrapped)(x).detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv1d"])
+@pytest.mark.parametrize("adapters", [[LoRA(rank=2), PiSSA()], [SORSA(rank=2)]], ids=["pissa", "sorsa"])
+def test_a_base_that_is_loaded_under_a_start_has_the_part_taken_out_again(
+    adapters: list[Method], kind: str, inside: bool
+) -> None:
+    model, other = nn.Sequential(KINDS[kind]()), nn.Sequential(KINDS[kind]())
+    before = dense_weight(model[0]).detach().clone()
+    for m in adapters:
+        m.parametrize(model)
+    for m in adapters:
+        m.initialize(model, Now())
+    outer, state = (nn.ModuleDict({"inner": model}), {f"inner.{k}": v for k, v in other.state_dict().items()})
+    outer.load_state_dict(state) if inside else model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(dense_weight(model[0]), other[0].weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(untouched_weight(model[0]), other[0].weight, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, other[0].weight, atol=1e-2)
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict())  # an adapted model's own weights lack the part already
+    assert torch.equal(again[0].weight, model[0].weight)
+
+
+def test_a_base_that_is_loaded_under_a_start_on_a_quantized_weight() -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Linear(32, 32, bias=False))
+        Quantize(bits=8, group=8, keep="always").parametrize(made)
+        return made
+
+    started, plain = with_adapters(model()), {"0.weight": drawn(32, 32)}
+    PiSSA().initialize(started, Now())
+    started.load_state_dict(plain)
+    torch.testing.assert_close(numbers(dense_weight(started[0])), plain["0.weight"], rtol=0, atol=0.05)
+    with pytest.raises(BadInput, match=r"^a start took part of '0.weight', and out of the quantized weight of a check"):
+        started.load_state_dict(model().state_dict())
 
 
 class Stopped(Exception):

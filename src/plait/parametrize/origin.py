@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import BadInput
-from plait.layers import unwrapped
+from plait.layers import matrix, own_weight, unmatrix, unwrapped
 from plait.math.packed import Packed, unrounded
+from plait.parametrize.base import Parametrization, attached
 
 SAMPLE = 4096
 """How many numbers of a weight are looked at."""
@@ -81,14 +82,29 @@ def record_origin(model: nn.Module) -> None:
         model._plait_buffers = _buffers(model)  # type: ignore[assignment]
 
 
-def _loading(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-    """Note the digests of another base whose weights are loaded under the adapters."""
+def _loading(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Note the digests of another base whose weights are loaded under the adapters, and take out of these weights what
+    starts took out of those that were there.
+    """
     if any(".plait." in f".{name}" for name in state_dict):
         return  # an adapted model's: starts may have taken part of its weights out
     origin: dict[str, str] = model._plait_origin  # type: ignore[assignment]
     for name in origin.keys() & {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}:
         form = origin[name].partition(" ")[2]
         origin[name] = f"{_numbers(state_dict[prefix + name])} {form}".rstrip()
+    for at, layer, part in attached(model, Parametrization):
+        taken, name = part.taken(), f"{prefix}{at}.weight" if at else f"{prefix}weight"
+        if taken is None:
+            continue
+        if any(key.startswith(f"{name}.") for key in state_dict):
+            raise BadInput(
+                f"a start took part of '{name}', and out of the quantized weight of a checkpoint it cannot be taken "
+                "again: load the checkpoint before the start, or give plain weights."
+            )
+        given, own = state_dict.get(name), own_weight(layer)
+        if given is not None and given.shape == own.shape:
+            residual = matrix(layer, given.to(taken)) - taken
+            state_dict[name] = unmatrix(layer, residual, own).to(own.dtype)
 
 
 def moved_buffers(model: nn.Module) -> list[str]:
