@@ -21,6 +21,7 @@ from plait.schedule import Cosine
 from plait.step.adagrad import AdaGrad, AdaGradNorm
 from plait.step.adam import AdaBelief, Adam, AdamW, normalized_decay
 from plait.step.base import Rule, RuleOptimizer
+from plait.step.factored import Adafactor
 from plait.step.friction import DiffGrad
 from plait.step.layerwise import LAMB, LARS
 from plait.step.low_rank import Fira, GaLore
@@ -600,6 +601,28 @@ def test_refuses_sparse_gradients_and_foreign_states() -> None:
         AdamW([("bias2", nn.Parameter(torch.ones(2))), ("weight", nn.Parameter(torch.ones(2)))]).load_state_dict(
             other.state_dict()
         )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kind", "fields", "sentence"),
+    [
+        (torch.optim.AdamW, GaLore, {"rank": 2}, "has no 'number', which GaLore keeps"),
+        (AdamW, GaLore, {"rank": 2}, "has no 'number', which GaLore keeps"),
+        (torch.optim.AdamW, Muon, {}, "has no 'momentum_buffer', which Muon keeps"),
+        (torch.optim.Adafactor, Adafactor, {}, "has no 'row', which Adafactor keeps"),
+        (torch.optim.RMSprop, Muon, {"orthogonal": False}, "holds 'square_avg', which Muon does not keep"),
+    ],
+)
+def test_a_foreign_state_of_weights_taken_whole_is_refused(
+    theirs: Any, kind: Any, fields: dict[str, Any], sentence: str
+) -> None:
+    model = nn.Linear(9, 7)
+    model(torch.ones(9)).sum().backward()
+    other, rule = theirs(model.parameters()), kind(model.parameters(), **fields)
+    other.step()
+    with pytest.raises(BadInput) as problem:
+        rule.load_state_dict(other.state_dict())
+    assert str(problem.value) == f"this optimizer state {sentence}: it is another rule's."
 
 
 def test_odd_tensors_take_the_plain_loop_and_agree() -> None:

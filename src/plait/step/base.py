@@ -131,6 +131,10 @@ class Rule(Method):
         """Say whether `step_whole` steps this weight in place of the elementwise rule."""
         return False
 
+    def keeps(self, weight: Tensor) -> tuple[str, ...]:
+        """Return names that the state of a weight taken whole always holds, by which it is told from other rules'."""
+        return ()
+
     def step_whole(
         self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], number: int
     ) -> None:
@@ -335,7 +339,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise BadInput(f"this optimizer state is of other parameters: '{odd}' stands on one side only.")
             numbers = dict(zip(theirs, saved["params"], strict=True))
             saved["params"], saved["param_names"] = [numbers[name] for name in ours], list(ours)
-        self._refuse_others(state_dict)
+        self._refuse_others(state_dict["state"], groups)
         super().load_state_dict({**state_dict, "param_groups": groups})
         # torch casts every state to its weight's dtype: put back what a bfloat16 weight's float32 state lost.
         own_parameters = [p for group in self.param_groups for p in group["params"]]
@@ -348,18 +352,22 @@ class RuleOptimizer(torch.optim.Optimizer):
             if isinstance(self.state.get(p, {}).get("step"), Tensor):  # as torch's own optimizers keep it
                 self.state[p]["step"] = int(self.state[p]["step"])
 
-    def _refuse_others(self, state_dict: dict[str, Any]) -> None:
-        """Refuse the states of another rule, where all that this one keeps is known."""
-        if type(self) is not RuleOptimizer or type(self.method).takes_whole is not Rule.takes_whole:
-            return
-        own = self.method.rule().states
+    def _refuse_others(self, states: Mapping[Any, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+        """Refuse the states of another rule, where what this one keeps is known."""
+        title, own = type(self.method).__name__, self.method.rule().states
         known = {"step", *own, *map(kept.scale_of, own)}
-        for state in state_dict["state"].values():
-            if odd := sorted(set(state) - known):
-                raise BadInput(
-                    f"this optimizer state holds '{odd[0]}', which {type(self.method).__name__} does not keep: it is "
-                    "another rule's."
-                )
+        for saved, group in zip(groups, self.param_groups, strict=False):
+            for key, p in zip(saved["params"], group["params"], strict=False):
+                state = set(states.get(key, ()))
+                if state and self.method.takes_whole(p, saved):
+                    if missing := [name for name in self.method.keeps(p) if name not in state]:
+                        raise BadInput(
+                            f"this optimizer state has no '{missing[0]}', which {title} keeps: it is another rule's."
+                        )
+                elif type(self) is RuleOptimizer and (odd := sorted(state - known)):
+                    raise BadInput(
+                        f"this optimizer state holds '{odd[0]}', which {title} does not keep: it is another rule's."
+                    )
 
     def __repr__(self) -> str:
         return super().__repr__().replace(type(self).__name__, type(self.method).__name__, 1)

@@ -71,6 +71,10 @@ class Adafactor(Rule):
         """Say yes: every weight's own size enters its step."""
         return True
 
+    def keeps(self, weight: Tensor) -> tuple[str, ...]:
+        """Return the names of R and C, or of V."""
+        return ("row", "column") if weight.dim() > 1 else ("exp_avg_sq",)
+
     def step_whole(
         self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], number: int
     ) -> None:

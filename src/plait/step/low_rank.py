@@ -133,6 +133,10 @@ class LowRank(Rule):
         """Say whether a weight is projected."""
         return is_projected(weight, group["rank"])
 
+    def keeps(self, weight: Tensor) -> tuple[str, ...]:
+        """Return what AdamW does not keep."""
+        return ("number", "exp_avg", "exp_avg_sq")
+
     def step_whole(
         self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], number: int
     ) -> None:

@@ -47,6 +47,10 @@ class NaturalGaLore(GaLore):
     history: Count = 4
     damping: Positive = 1e-3
 
+    def keeps(self, weight: Tensor) -> tuple[str, ...]:
+        """Return what GaLore does not keep, too."""
+        return (*super().keeps(weight), "history", "gram")
+
     def project(self, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], number: int) -> Tensor:
         """Return F^-1 g as a matrix [rank, n]."""
         inside = super().project(gradient, state, group, number)

@@ -91,6 +91,10 @@ class Muon(Rule):
         """Say whether a weight is orthogonalized."""
         return bool(group["orthogonal"]) and weight.dim() > 1 and weight.numel() > 0
 
+    def keeps(self, weight: Tensor) -> tuple[str, ...]:
+        """Return the name of m."""
+        return ("momentum_buffer",)
+
     def step_whole(
         self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], number: int
     ) -> None:

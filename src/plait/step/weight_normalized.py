@@ -45,6 +45,10 @@ class GradNormLoRP(GaLore):
 
     scale: Positive = 1.0
 
+    def keeps(self, weight: Tensor) -> tuple[str, ...]:
+        """Return what GaLore does not keep, too."""
+        return (*super().keeps(weight), "magnitude", "length")
+
     def step_whole(
         self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], number: int
     ) -> None:
