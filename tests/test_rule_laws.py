@@ -23,7 +23,7 @@ from plait.math.kernel_source import Layout
 from plait.step.adam import AdamW
 from plait.step.base import Rule
 from plait.step.momentum import Lion
-from rules import RULES, Weights, gradients, made, stepped
+from rules import RULES, Weights, given, gradients, made, stepped
 
 FOLDER = Path(__file__).parent
 OWN_LOOP = {"egn": "use it in plait.train", "riemannlora": "finds no trained low-rank adapter"}
@@ -355,6 +355,24 @@ def test_a_group_has_its_own_numbers_and_follows_torchs_schedulers(key: str) -> 
         ends[rate] = model.large.detach().clone()
     if RULES[key] is not RULES.get("adafactor"):
         assert not torch.equal(ends[0.01], ends[0.03])
+
+
+@every_rule
+def test_groups_of_one_optimizer_make_another(key: str) -> None:
+    """As where a library splits groups anew: what a group holds of the run is not carried over."""
+    model, draw = Weights(), torch.Generator().manual_seed(1)
+    optimizer = made(key, model)
+    gradients(model, draw)
+    optimizer.step()
+    groups = [{name: v for name, v in g.items() if name != "param_names"} for g in optimizer.param_groups]
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        group["params"] = list(zip(own["param_names"], own["params"], strict=True))
+    for p in model.parameters():
+        p.requires_grad_(True)  # what the other froze
+    again = RULES[key](groups, **given(RULES[key]))
+    assert [g["params"] for g in again.param_groups] == [g["params"] for g in optimizer.param_groups]
+    assert not again.state
+    again.step()
 
 
 @every_rule
