@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plait import BadInput, Batch, LoRA, Now, train
+from plait import BadInput, Batch, DoRA, LoRA, Now, train
 from plait.engine import Engine, check
 from plait.initialize.activation_svd import EVA, input_rows
 from plait.initialize.base import Start, to_plain_lora
@@ -197,6 +197,20 @@ def test_a_started_and_trained_adapter_becomes_plain_lora_of_the_untouched_base(
     assert only(wrapped).taken() is None
     torch.testing.assert_close(wrapped(x).detach(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fold(wrapped)(x).detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sorsa_becomes_plain_lora_of_the_untouched_base_and_what_stands_on_it_stays() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5)).double(), drawn(32, 6).double()
+    base = model[0].weight.detach().clone()
+    train(model, (x, drawn(32, 5, seed=1).double()), half_squares, [SORSA(rank=2), *DoRA(rank=1)[1:]], steps=5)
+    expected = model(x).detach()
+    to_plain_lora(model)
+    assert list(model[0].plait) == ["lora", "magnitude"]
+    assert only(model).rank == 4
+    assert only(model).A.requires_grad
+    torch.testing.assert_close(model[0].weight.detach(), base)
+    torch.testing.assert_close(model(x).detach(), expected)
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -18,8 +18,9 @@ from plait.errors import BadInput
 from plait.layers import is_linear_map, matches, matrix, own_weight, unmatrix, weight_identity
 from plait.math.packed import Packed, numbers, quantized_elsewhere, unrounded
 from plait.method import Method, Now, method
-from plait.parametrize.base import Parametrization, Parametrize, attached, refuse_made, set_weight, stack
+from plait.parametrize.base import Parametrization, Parametrize, attached, refuse_made, replace, set_weight, stack
 from plait.parametrize.low_rank import LowRank
+from plait.parametrize.singular import SingularTriplets
 from plait.sharding import gather
 
 Found = tuple[str, nn.Module, Parametrization]
@@ -198,14 +199,20 @@ def to_plain_lora(model: nn.Module) -> nn.Module:
 
     The function stays the same, up to rounding; the base is as it was before any start, the adapters are plain LoRA.
     """
-    for _, layer, adapter in attached(model, LowRank):
+    adapters: list[tuple[str, nn.Module, LowRank | SingularTriplets]] = [*attached(model, LowRank)]
+    adapters += attached(model, SingularTriplets)
+    for _, layer, adapter in adapters:
         taken = adapter.taken()
         if taken is None:
             continue
         with weight_matrix(layer) as weight:
-            weight.copy_(weight.float() + taken)
-        adapter.set(*adapter.plain())
-        del adapter.start_A, adapter.start_B
+            weight.copy_(weight + taken)
+            plain = adapter if isinstance(adapter, LowRank) else LowRank(weight, rank=0, scale=1.0)
+        plain.set(*adapter.plain())
+        if plain is adapter:
+            del adapter.start_A, adapter.start_B
+        else:
+            replace(layer, adapter, "lora", plain)
     return model
 
 

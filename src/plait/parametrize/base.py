@@ -235,6 +235,18 @@ def attach(layer: nn.Module, name: str, parametrization: Parametrization) -> Non
     held[free] = parametrization.to(weight.device).train(layer.training)
 
 
+def replace(layer: nn.Module, old: Parametrization, name: str, new: Parametrization) -> None:
+    """Put a parametrization into another's place in a layer's stack."""
+    held: Stack = layer.plait  # type: ignore[assignment]
+    parts = list(held.items())
+    held.clear()
+    for key, part in parts:
+        if part is old:
+            attach(layer, name, new)
+        else:
+            attach(layer, key, part)  # type: ignore[arg-type]
+
+
 def detach(layer: nn.Module) -> None:
     """Remove a layer's stack; its weight stays as it is."""
     if isinstance(getattr(layer, "plait", None), Stack):
