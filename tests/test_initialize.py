@@ -11,16 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plait import BadInput, Batch, DoRA, LoRA, Now, train
+from plait import BadInput, Batch, DoRA, LoRA, NonFinite, Now, train
 from plait.engine import Engine, check
 from plait.initialize.activation_svd import EVA, input_rows
 from plait.initialize.base import Start, to_plain_lora
+from plait.initialize.full_step import LoRASB
 from plait.initialize.gradient_svd import GradientStart, LoRAGA, LoRAOne
+from plait.initialize.orthonormal import OLoRA
 from plait.initialize.weight_svd import PiSSA
 from plait.math.packed import numbers
 from plait.math.svd import RowSVD, SumSVD, exact_svd, gram_svd, sketched_svd
 from plait.method import Method
 from plait.parametrize.base import attached, dense_weight, untouched_weight
+from plait.parametrize.core import LoRAXS
 from plait.parametrize.folding import fold
 from plait.parametrize.low_rank import LowRank
 from plait.parametrize.quantized import Quantize
@@ -248,6 +251,33 @@ def test_a_base_that_is_loaded_under_a_start_on_a_quantized_weight() -> None:
     torch.testing.assert_close(numbers(dense_weight(started[0])), plain["0.weight"], rtol=0, atol=0.05)
     with pytest.raises(BadInput, match=r"^a start took part of '0.weight', and out of the quantized weight of a check"):
         started.load_state_dict(model().state_dict())
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (EVA(), "saw an input of '0'"),
+        (EVA(tau=1.0), "saw an input of '0'"),
+        (LoRAGA(), "got a gradient for '0'"),
+        (LoRAGA(memory=0), "got a gradient for '0'"),
+        (LoRAOne(), "got a gradient for '0'"),
+        (LoRASB(), "got a gradient for '0'"),
+        (PiSSA(), "found a number in the weight of '0'"),
+        (OLoRA(), "found a number in the weight of '0'"),
+    ],
+)
+def test_what_is_not_finite_is_said_with_its_layer(start: Start, what: str, odd: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)), drawn(16, 32)
+    if start.key in ("pissa", "olora"):
+        model[0].weight.data[0, 0] = odd
+    else:
+        x[3, 2] = odd
+    adapter = LoRAXS(rank=2) if isinstance(start, LoRASB) else LoRA(rank=2)
+    says = f"^{type(start).__name__} {what} that is NaN or infinite: mend what it comes from, or leave the layer out"
+    with pytest.raises(NonFinite, match=says):
+        train(model, (x, torch.arange(16) % 3), methods=[adapter, start], steps=1, batch_size=8)
 
 
 class Stopped(Exception):

@@ -119,11 +119,10 @@ def test_with_room_for_whole_gradients_the_batches_are_passed_over_once(memory: 
     calibration, started = now.calibration, []
     now.calibration = lambda count: (started.append(count), calibration(count))[1]
     start = LoRAGA(batches=2, memory=memory)
+    planned = start._groups(model, start.found(model))
     start.initialize(model, now)
     assert len(started) == passes
-    assert [whole for _, whole in start._groups(model, start.found(model))] == (
-        [False] if memory == 0.1 else [True] * passes
-    )
+    assert [whole for _, whole in planned] == ([False] if memory == 0.1 else [True] * passes)
 
 
 def test_groups_hold_what_the_room_allows_and_at_least_one() -> None:

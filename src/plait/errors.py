@@ -11,7 +11,7 @@ class BadInput(ValueError):
 
 
 class NonFinite(ArithmeticError):
-    """The objective or a gradient is NaN or infinite: the step, the examples, the last good checkpoint."""
+    """The objective, a gradient, or what a start decomposes is NaN or infinite: where, and the last good checkpoint."""
 
 
 class Interrupted(Exception):

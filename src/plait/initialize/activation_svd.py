@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction, Range
-from plait.initialize.base import Found, Start, gathered, refuse_stacked, undisturbed
+from plait.initialize.base import Found, Start, gathered, refuse_stacked, require_finite, undisturbed
 from plait.layers import is_transformers_conv1d
 from plait.math.svd import RowSVD
 from plait.method import Now, method
@@ -117,6 +117,7 @@ class ActivationStart(Start):
         for name, svd in every.items():
             if svd is None or float(svd.total) == 0:
                 raise BadInput(f"{type(self).__name__} saw no varying input of '{name}': leave it out with where.")
+            require_finite(svd.total, f"{type(self).__name__} saw an input of '{name}'")
         return every  # type: ignore[return-value]
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from plait.errors import BadInput
+from plait.errors import BadInput, NonFinite
 from plait.layers import is_linear_map, matches, matrix, own_weight, unmatrix, weight_identity
 from plait.math.packed import Packed, numbers, quantized_elsewhere, unrounded
 from plait.method import Method, Now, method
@@ -98,9 +98,17 @@ class Start(Method):
     @torch.no_grad()
     def initialize(self, model: nn.Module, now: Now) -> None:
         """Start each adapter in turn."""
-        for _, layer, adapter in self.found(model):
+        for name, layer, adapter in self.found(model):
             with weight_matrix(layer) as weight:
+                require_finite(weight, f"{type(self).__name__} found a number in the weight of '{name}'")
                 self.start(weight, adapter)
+
+
+def require_finite(numbers: Tensor, where: str) -> None:
+    """Refuse what has no decomposition."""
+    total = numbers.sum(dtype=torch.float32)  # takes no memory, but may overflow
+    if not bool(torch.isfinite(total)) and not bool(torch.isfinite(numbers).all()):
+        raise NonFinite(f"{where} that is NaN or infinite: mend what it comes from, or leave the layer out with where.")
 
 
 def sharers(model: nn.Module) -> dict[int, list[str]]:

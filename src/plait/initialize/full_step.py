@@ -21,6 +21,7 @@ from plait.initialize.base import (
     model_bytes,
     refuse_sharers,
     refuse_stacked,
+    require_finite,
     undisturbed,
 )
 from plait.layers import matrix, matrix_shape, own_weight
@@ -99,6 +100,7 @@ class LoRASB(Start):
                 f"LoRASB got no gradient for '{name}': nothing of the loss depends on it; leave it out of the adapters "
                 "with where."
             )
+        require_finite(gradient, f"LoRASB got a gradient for '{name}'")
         step = matrix(layer, gradient).sign_().mul_(-self.step_size)
         decompose = exact_svd if min(step.shape) <= max(64, 4 * adapter.rank) else sketched_svd
         u, s, vh = decompose(step, adapter.rank)

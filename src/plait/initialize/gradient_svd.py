@@ -26,6 +26,7 @@ from plait.initialize.base import (
     move,
     refuse_sharers,
     refuse_stacked,
+    require_finite,
     undisturbed,
     weight_matrix,
 )
@@ -118,6 +119,7 @@ class GradientStart(Start):
                         f"{type(self).__name__} got no gradient for '{name}': nothing of the loss depends on it; leave "
                         f"it out of the adapters with where."
                     )
+                require_finite(sketch.sum, f"{type(self).__name__} got a gradient for '{name}'")
                 if not last:
                     sketch.turn()
 

@@ -8,7 +8,7 @@ from torch import nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
-from plait.initialize.base import Start
+from plait.initialize.base import Start, require_finite
 from plait.layers import matrix
 from plait.math.packed import packed_weight
 from plait.math.svd import gram_svd, sketched_svd
@@ -56,6 +56,7 @@ class LoftQ(Start):
                 what = "is not quantized" if packed is None else "is quantized, and what it was before is not held"
                 raise BadInput(f"LoftQ needs the rounding error, but the weight of '{name}' {what}: add Quantize().")
             assert isinstance(adapter, LowRank)
+            require_finite(packed.original, f"LoftQ found a number in the weight of '{name}'")
             self._start(layer, adapter, matrix(layer, packed.original).clone())
             packed.original = None  # what the base was rounded from lacks what the adapter now holds
 

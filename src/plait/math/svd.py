@@ -148,8 +148,9 @@ class RowSVD:
     """The right singular vectors of centred rows that arrive in batches (Ross et al., 2008): memory [rank, in].
 
     After all rows X [n, in] were added: `values`, `vectors` are about the largest singular values and right singular
-    vectors of X - mean(X), up to rounding while nothing had to be cut off; `total` is the sum of all squared values.
-    Each addition is decomposed by subspace iteration, from the vectors that were there before.
+    vectors of X - mean(X), up to rounding while nothing had to be cut off; `total` is the sum of all squared values,
+    which stays NaN once a row was not finite: then nothing is decomposed any more. Each addition is decomposed by
+    subspace iteration, from the vectors that were there before.
     """
 
     def __init__(self, rank: int) -> None:
@@ -169,12 +170,14 @@ class RowSVD:
         weight = (self.count * count / (self.count + count)) ** 0.5
         shift = weight * (self.mean - mean)
         self.total = self.total + centred.double().square().sum() + shift.double().square().sum()
+        self.count += count
+        if not torch.isfinite(self.total):
+            return
         stacked = torch.cat([self.values[:, None] * self.vectors, centred, shift[None]])
         _, values, vectors = sketched_svd(stacked, min(self.rank, *stacked.shape), near=self.vectors)
         real = values > 1e-6 * values[:1]  # the rest is rounding of rows that span less
         self.values, self.vectors = values[real], vectors[real]
-        self.mean = self.mean + (mean - self.mean) * (count / (self.count + count))
-        self.count += count
+        self.mean = self.mean + (mean - self.mean) * (count / self.count)
 
     def explained(self) -> Tensor:
         """Return the part of the rows' variance that each vector explains: [rank], falling."""
