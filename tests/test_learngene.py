@@ -15,6 +15,7 @@ from plait import SGD, AdamW, BadInput, DoRA, LoRA, Now, train
 from plait.initialize.learngene import SWS, TLEG, Learngene, line_through, sequences, stages_of
 from plait.initialize.weight_svd import PiSSA
 from plait.method import Method
+from plait.parametrize.quantized import Quantize
 from plait.tensors import write_tensors
 
 
@@ -51,6 +52,16 @@ def data() -> tuple[Tensor, Tensor]:
 def saved(model: nn.Module, folder: Path) -> str:
     write_tensors(folder / "model.safetensors", model.state_dict())
     return str(folder)
+
+
+@pytest.mark.parametrize("method", [TLEG, SWS])
+def test_a_quantized_net_starts_from_genes_and_is_rounded_once(method: type[Learngene], tmp_path: Path) -> None:
+    source, made, x = Deep(2, seed=5), Deep(2), data()[0]
+    expected, quantize = copy.deepcopy(source), Quantize(bits=4, group=2, where="up|down")
+    quantize.parametrize(made)
+    method(source=saved(source, tmp_path)).initialize(made, Now())
+    quantize.parametrize(expected)
+    torch.testing.assert_close(made(x), expected(x))
 
 
 def test_the_genes_are_trained_as_the_equation_says() -> None:

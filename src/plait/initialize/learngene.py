@@ -146,7 +146,8 @@ class Learngene(Method):
         if not self.source:
             return
         state, found = self.read(model)
-        own, lists = model.state_dict(keep_vars=True), self.lists(model)
+        own = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+        lists = self.lists(model)
         repeated = tuple(f"{layer}." for layers, _ in lists.values() for layer in layers)
         made = {
             name: state[name]
