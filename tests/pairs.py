@@ -39,7 +39,9 @@ from plait.layers import evaluating
 from plait.math.packed import numbers
 from plait.method import Method, Now
 from plait.parametrize.base import stack
+from plait.parametrize.instruction import IAPT
 from plait.penalty.norm import L2
+from plait.predict.boxes import LoRABAM
 from plait.schedule import Tuned
 from plait.step.adam import AdamW
 from plait.tensors import write_tensors
@@ -130,6 +132,35 @@ def images() -> Any:
     return inputs, (inputs.mean((1, 2, 3)) > 0).long() + (inputs[:, 0, 0, 0] > 0).long()
 
 
+MARK = 5
+"""The token with which an instruction ends, where a method needs one in every text."""
+
+
+def marked(inputs: Any) -> Any:
+    """Texts with an instruction of two tokens, which ends with the mark; other inputs as they are."""
+    if not isinstance(inputs, dict):
+        return inputs
+    ids = inputs["input_ids"].clone()
+    ids[:, 1] = MARK
+    return inputs | {"input_ids": ids}
+
+
+def paraphrased(inputs: Any) -> Any:
+    """Texts, each with another one as its paraphrase; other inputs as they are."""
+    if not isinstance(inputs, dict):
+        return inputs
+    return inputs | {f"paraphrase_{name}": t.roll(1, 0) for name, t in inputs.items()}
+
+
+def data_for(net: str, trying: list[Method]) -> Any:
+    """A net's data, with what these methods look for in it."""
+    inputs, targets = NETS[net][1]()
+    for method, change in ((IAPT, marked), (LoRABAM, paraphrased)):
+        if any(isinstance(m, method) for m in trying):
+            inputs = change(inputs)
+    return inputs, targets
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "llama": (llama, words),
     "bert": (bert, sentences),
@@ -159,6 +190,14 @@ def importance(first: str, net: str) -> str:
     return str(path)
 
 
+@functools.cache
+def genes(net: str) -> str:
+    """The path of a file of another net of the same shapes, from which one can be started."""
+    path = Path(tempfile.mkdtemp(prefix="plait-pairs-", dir=SCRATCH)) / "genes.safetensors"
+    write_tensors(path, {name: 0.9 * t for name, t in fresh(net).state_dict().items()})
+    return str(path)
+
+
 def special(net: str) -> dict[str, dict[str, Any]]:
     """Fields beside those of the laws, whose net is another, and at which a method acts in these few steps."""
     body = {"llama": "down_proj|up_proj", "bert": "dense", "conv": "body|blocks.[01]"}[net]
@@ -171,6 +210,7 @@ def special(net: str) -> dict[str, dict[str, Any]]:
         "lost": {"where": ".*"},
         "snella": {"where": body},
         "pgc": {"where": {"llama": "lm_head", "bert": "classifier", "conv": "first"}[net]},
+        "iapt": {"until": (MARK,)} if net == "llama" else {},
         "ia3": {"outputs": "first|body", "inputs": "head"} if net == "conv" else {},
         "lora-one": {"precondition": True, "damping": 0.1},  # else it only starts
         "adadagrad": {"tolerance": 1e-3},
@@ -227,9 +267,11 @@ def methods(key: str, net: str, **more: Any) -> list[Method]:
 
 def pair(first: str, second: str, net: str) -> list[Method]:
     """The methods of a pair; adapters of the same kind have different ranks."""
-    adapter, more = methods(first, net), {}
+    adapter, more = methods(first, net), dict[str, Any]()
     if second == "hlora-forget":
         more = {"file": importance(first, net)}
+    if second in ("tleg", "learngene-sws"):  # beside an adapter they start a net, and make none
+        more = {"source": genes(net)} | ({"stages": ()} if second == "learngene-sws" else {})
     then = methods(second, net, **more)
     if any(m in adapter for m in then) and "rank" in inspect.signature(entries()[second].make).parameters:
         then = methods(second, net, **AGAIN.get(second, {"rank": 1}))
@@ -258,18 +300,18 @@ def seconds() -> list[str]:
 # -- a pair ------------------------------------------------------------------------------------------------------------
 def run(net: str, trying: list[Method], options: dict[str, Any], folder: Path | None = None) -> tuple[nn.Module, Now]:
     """Train a fresh net; AdamW at a rate of its own where nothing else is an optimizer."""
-    data = NETS[net][1]
+    data = data_for(net, trying)
     if not any(type(m).optimizer is not Method.optimizer for m in trying):
         trying = [*trying, AdamW(lr=RATE)]
-    settings: dict[str, Any] = {"steps": STEPS, "batch_size": 8, "seed": 3, "validation": data(), "device": "cpu"}
+    settings: dict[str, Any] = {"steps": STEPS, "batch_size": 8, "seed": 3, "validation": data, "device": "cpu"}
     kept = {} if folder is None else {"folder": folder, "save_every": STEPS - 1}
-    done = train(fresh(net), data(), methods=trying, **(settings | options | kept))
+    done = train(fresh(net), data, methods=trying, **(settings | options | kept))
     return done.model, done.now
 
 
 def outputs(net: str, model: nn.Module) -> Tensor:
     """What a model says about a few inputs, without chance."""
-    inputs, _ = NETS[net][1]()
+    inputs = marked(NETS[net][1]()[0])
     inputs = {name: t[:8] for name, t in inputs.items()} if isinstance(inputs, dict) else inputs[:8]
     with torch.no_grad(), evaluating(model):
         said: Tensor = call_model(model, inputs)
@@ -324,7 +366,7 @@ def outcome(first: str, second: str, net: str) -> Outcome:
 
 def refusal(sentence: str) -> Outcome:
     """The sentence, if it is one."""
-    sentence = re.sub(r"/\S*/(?=importance)", "", sentence)  # the folder of one walk
+    sentence = re.sub(r"/\S*/(?=importance|genes)", "", sentence)  # the folder of one walk
     one = sentence.endswith(".") and "\n" not in sentence
     return sentence if one else f"fails: refused in more than a sentence: {sentence!r}"
 
