@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -127,3 +129,10 @@ def test_every_schedule_is_a_name_of_the_package() -> None:
     for kind in SCHEDULES.values():
         assert kind.__name__ in plait.__all__
         assert getattr(plait, kind.__name__) is kind
+
+
+def test_a_name_that_is_no_field_is_refused_and_copies_are_made() -> None:
+    with pytest.raises(BadInput, match=r"^Cosine has no field 'peek' \(did you mean 'peak'\?\).$"):
+        Cosine(peek=1.0)  # type: ignore[call-arg]
+    schedule = Cosine(peak=1.0)
+    assert copy.deepcopy(schedule) == pickle.loads(pickle.dumps(schedule)) == schedule

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 from plait.errors import BadInput, did_you_mean
 
@@ -18,6 +18,14 @@ from plait.errors import BadInput, did_you_mean
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """A number as a function of progress in [0, 1]."""
+
+    def __new__(cls, *positional: Any, **given: Any) -> Self:
+        """Refuse a name that is no field, as methods do; a copy is made without any."""
+        known = [f.name for f in fields(cls)]
+        for name in given if cls in SCHEDULES.values() else ():
+            if name not in known:
+                raise BadInput(f"{cls.__name__} has no field '{name}'{did_you_mean(name, known)}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         title = next((name for name, kind in SCHEDULES.items() if kind is type(self)), type(self).__name__)
