@@ -79,10 +79,11 @@ def orthonormal(columns: Tensor) -> Tensor:
 def sketched_svd(matrix: Tensor, rank: int, iterations: int = 2, seed: int = 0, near: Tensor | None = None) -> Triplets:
     """Return about the `rank` largest triplets by randomized subspace iteration (Halko, Martinsson and Tropp, 2011).
 
-    With M the matrix, lying so that its columns are the fewer: Q = orth((M^T M)^iterations Omega), where Omega has
-    rank + 8 Gaussian columns, then the decomposition of the narrow M Q. iterations: at least 1; the error falls with
-    each. near: right singular vectors [k, in], k <= rank, of a matrix like M, to start from in place of as many of the
-    Gaussian ones. A matrix with a side of at most rank + 8 is decomposed exactly.
+    With M the matrix, lying so that its columns are the fewer: Q = orth((M^T M)^iterations Omega), where Omega has rank
+    + 8 Gaussian columns, then the decomposition of the narrow M Q. iterations: at least 1; the error falls with each.
+    near: right singular vectors [k, in], k <= rank, of a matrix like M, to start from in place of as many of the
+    Gaussian ones; then the order of the rows changes nothing but rounding. A matrix with a side of at most rank + 8 is
+    decomposed exactly.
 
     >>> draw = torch.Generator().manual_seed(0)
     >>> m = torch.randn(40, 3, generator=draw) @ torch.randn(3, 30, generator=draw)
@@ -96,9 +97,12 @@ def sketched_svd(matrix: Tensor, rank: int, iterations: int = 2, seed: int = 0, 
     tall = matrix.shape[0] >= matrix.shape[1]
     narrow = matrix if tall else matrix.T
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(narrow.shape[1], width, generator=generator).to(matrix)
-    if near is not None and len(near):
-        basis[:, : len(near)] = near.T if tall else matrix @ near.T.to(matrix)
+    if near is None:
+        basis = torch.randn(narrow.shape[1], width, generator=generator).to(matrix)
+    else:  # all of them vectors of the inputs, so that the order of the rows does not matter
+        others = torch.randn(matrix.shape[1], width - len(near), generator=generator)
+        basis = torch.cat([near.T.to(matrix), others.to(matrix)], dim=1)
+        basis = basis if tall else matrix @ basis
     for _ in range(iterations):
         basis = orthonormal(narrow.T @ (narrow @ basis))
     u, s, vh = gram_svd(narrow @ basis, rank)
