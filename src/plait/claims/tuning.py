@@ -318,6 +318,8 @@ def _emphasized(seed: int) -> float:
     "the best on the other 20, trained on all of them for half of the steps",
     figure="test loss",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def beats_a_grid_with_a_validation_set(seed: int) -> tuple[float, float]:
     """Strengths from 1e-4 to 1."""
@@ -340,6 +342,8 @@ def beats_a_grid_with_a_validation_set(seed: int) -> tuple[float, float]:
     baseline="the evidence lower bound, kappa = 1",
     figure="test loss",
     better="lower",
+    seeds=24,
+    first_seed=1000,
 )
 def the_plain_bound_underfits(seed: int) -> tuple[float, float]:
     """The same run but for kappa."""
