@@ -136,3 +136,8 @@ def test_a_name_that_is_no_field_is_refused_and_copies_are_made() -> None:
         Cosine(peek=1.0)  # type: ignore[call-arg]
     schedule = Cosine(peak=1.0)
     assert copy.deepcopy(schedule) == pickle.loads(pickle.dumps(schedule)) == schedule
+
+
+def test_a_rate_that_begins_late_in_a_long_run_is_not_refused() -> None:
+    late, data = SGD(lr=Switch(first=0.0, then=0.1)), (torch.randn(8, 3), torch.randn(8, 2))
+    train(torch.nn.Linear(3, 2), data, methods=[late], steps=4000, on_step=lambda now: True)

@@ -193,7 +193,7 @@ def schedule_rates(rule: torch.optim.Optimizer, methods: Sequence[Method], now: 
 
 def _refuse_no_rate(m: Any, steps: int) -> None:
     """Refuse a run so short that its warmup, which begins at 0, never leaves 0."""
-    if all(m.lr.at(step / steps) == 0 for step in range(min(steps, 1000))):
+    if all(m.lr.at(step / steps) == 0 for step in range(steps)):
         raise BadInput(
             f"{type(m).__name__}.lr is 0 in all of {steps} step{'' if steps == 1 else 's'}: train longer, or leave out "
             "the warmup."

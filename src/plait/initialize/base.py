@@ -26,8 +26,10 @@ from plait.sharding import gather
 Found = tuple[str, nn.Module, Parametrization]
 """An adapter, and the layer that it is on with its name."""
 
-SHARE = 0.1
-"""The part of the model's size that a start may take at once, beside one layer's gradient and a batch's activations."""
+SHARE = 0.09
+"""The part of the model's size that a start may take at once, beside one layer's gradient: a tenth, less what a batch's
+own activations are likely to take of it.
+"""
 
 
 @method

@@ -191,7 +191,7 @@ class RoundsOptimizer(RuleOptimizer):
         torch.distributed.checkpoint asks for the states of what this optimizer trains before it loads, in a round of
         its own, and gives nothing for those that the saved one left out: refused, for others are lost with them.
         """
-        if any(value == {} for state in state_dict["state"].values() for value in state.values()):
+        if any(isinstance(value, dict) for state in state_dict["state"].values() for value in state.values()):
             raise BadInput(
                 f"torch.distributed.checkpoint loses states of {type(self.method).__name__}, whose rounds train other "
                 "weights each: save and load optimizer.state_dict() itself."
