@@ -212,21 +212,27 @@ def elementwise(small: bool, rounds: int, chosen: list[str], earlier: dict[str, 
     return found
 
 
+def low_rank_peer(module: str, name: str, weights: list[nn.Parameter], **fields: float) -> dict[str, Any]:
+    """A package's low-rank optimizer at rank 128 that never refreshes, by the package's name; empty without it."""
+    theirs = peer(module, name)
+    if theirs is None:
+        return {}
+    groups = [{"params": weights, "rank": 128, "update_proj_gap": 10**9, "proj_type": "std", **fields}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {module.partition(".")[0]: theirs(groups, lr=1e-6)}
+
+
 def galore(small: bool, rounds: int) -> dict[str, Any]:
     """GaLore's plain step over the hidden matrices, rank 128, beside the authors' package."""
     weights = weights_with_gradients(small, matrices_only=True)
     made: dict[str, Any] = {"plait": GaLore(weights, lr=1e-6, rank=128, spread=False, period=10**9)}
-    theirs = peer("galore_torch", "GaLoreAdamW")
-    if theirs is not None:
-        groups = [{"params": weights, "rank": 128, "update_proj_gap": 10**9, "scale": 0.25, "proj_type": "std"}]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made["galore_torch"] = theirs(groups, lr=1e-6)
+    made |= low_rank_peer("galore_torch", "GaLoreAdamW", weights, scale=0.25)
     for optimizer in made.values():
         optimizer.step()
     plain = in_turns(made, rounds)
     found: dict[str, Any] = {"plain ms": {name: round(1e3 * t, 1) for name, t in plain.items()}}
-    if theirs is not None:
+    if "galore_torch" in made:
         found["plain ratio"] = round(plain["plait"] / plain["galore_torch"], 3)
     print("galore", json.dumps(found), flush=True)
     return found
@@ -240,13 +246,7 @@ def low_rank(small: bool, rounds: int) -> dict[str, Any]:
     """
     weights = weights_with_gradients(small, matrices_only=True)
     ours = Fira(weights, lr=1e-6, rank=128, spread=False, period=10**9)
-    made: dict[str, Any] = {"plait": ours}
-    theirs = peer("fira.fira_adamw", "AdamW")
-    if theirs is not None:
-        groups = [{"params": weights, "rank": 128, "update_proj_gap": 10**9, "alpha": 1.0, "proj_type": "std"}]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made["fira"] = theirs(groups, lr=1e-6)
+    made: dict[str, Any] = {"plait": ours, **low_rank_peer("fira.fira_adamw", "AdamW", weights, alpha=1.0)}
     first = {name: seconds(optimizer.step) for name, optimizer in made.items()}
     plain = in_turns(made, rounds)
     ours.param_groups[0]["period"] = 1
@@ -256,7 +256,7 @@ def low_rank(small: bool, rounds: int) -> dict[str, Any]:
         "first step ms": {name: round(1e3 * t, 1) for name, t in first.items()},
         "refreshing step ms": round(1e3 * later, 1),
     }
-    if theirs is not None:
+    if "fira" in made:
         found["plain ratio"] = round(plain["plait"] / plain["fira"], 3)
         alone = {name: first[name] - plain[name] for name in made}
         found["first refresh ratio"] = round(alone["plait"] / alone["fira"], 4)

@@ -120,7 +120,7 @@ def test_rows_in_batches_give_the_centred_decomposition() -> None:
 
 
 @pytest.mark.parametrize(("rows", "width"), [(400, 90), (90, 400)])
-def test_rows_in_batches_keep_almost_as_much_as_the_best_vectors(rows: int, width: int) -> None:
+def test_rows_in_batches_keep_as_much_as_with_exact_decompositions(rows: int, width: int) -> None:
     """Each batch is decomposed roughly, from the vectors before: what they keep of the variance is what counts."""
     spread = torch.linspace(0, -2, width).exp()
     batches = [drawn(rows, width, seed=s) * spread + 1 for s in range(5)]
@@ -129,9 +129,13 @@ def test_rows_in_batches_keep_almost_as_much_as_the_best_vectors(rows: int, widt
         incremental.add(batch)
     whole = torch.cat(batches)
     whole -= whole.mean(0)
-    best = float(torch.linalg.svdvals(whole)[:12].square().sum())
-    kept = float((whole @ incremental.vectors.T).square().sum())
-    assert 0.9 < kept / best < 1.0001
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plait.math.svd.sketched_svd", lambda stacked, rank, near: gram_svd(stacked, rank))
+        exact = RowSVD(12)
+        for batch in batches:
+            exact.add(batch)
+    kept, best = (float((whole @ each.vectors.T).square().sum()) for each in (incremental, exact))
+    assert abs(kept / best - 1) < 0.02  # of a spectrum that falls slowly, the hardest to tell apart
     torch.testing.assert_close(incremental.vectors @ incremental.vectors.T, torch.eye(12), rtol=0, atol=1e-4)
 
 

@@ -39,7 +39,7 @@ from plait.parametrize.lean import spare
 from plait.parametrize.low_rank import LowRank, RowNorms, Shift, adapter_dtype
 from plait.parametrize.origin import digest, origin_of, record_origin, refuse_another_base
 from plait.parametrize.prompt import soft_prompts
-from plait.parametrize.update import Factors, Update, trained_beside, update_of
+from plait.parametrize.update import Factors, Update, moved_weights, trained_beside, update_of
 from plait.tensors import write_tensors
 
 PREFIX = "base_model.model."
@@ -68,7 +68,7 @@ def save_adapter(
     """
     model = unwrapped(model)
     if any(True for _ in soft_prompts(model)):
-        made = save_prompt(model, Path(folder), base_model, trained_beside(model))
+        made = save_prompt(model, Path(folder), base_model, trained_beside(model, moved_weights(model)))
         (made / ORIGIN).write_text(json.dumps({"base": dict(origin_of(model))}, indent=1))
         return made
     return write_update(update_of(model, base, rank), model, folder, base_model)

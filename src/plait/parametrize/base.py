@@ -32,6 +32,7 @@ from plait.layers import (
 from plait.math.packed import Packed, quantized_elsewhere, readable, unrounded
 from plait.math.products import linear
 from plait.method import Method, method
+from plait.parametrize.refusals import read_by_others, refuse_weight
 
 P = TypeVar("P", bound="Parametrization")
 
@@ -274,28 +275,6 @@ def attached(model: nn.Module, kind: type[P]) -> Iterator[tuple[str, nn.Module, 
                 yield name, layer, parametrization
 
 
-def _read_by_others(model: nn.Module) -> set[str]:
-    """Return the names of layers whose weight is read without calling them, so that a parametrization does nothing."""
-    attentions = [name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    return {f"{name}.out_proj" if name else "out_proj" for name in attentions}
-
-
-def _check_weight(title: str, name: str, layer: nn.Module) -> None:
-    weight = own_weight(layer)
-    if isinstance(weight, nn.UninitializedParameter):
-        raise BadInput(
-            f"the weight of '{name}' has no shape before its first input: run the model once before {title}."
-        )
-    if weight.is_meta:
-        raise BadInput(f"the weight of '{name}' is on the meta device: load the model's weights before {title}.")
-    if not weight.is_floating_point():
-        raise BadInput(f"the weight of '{name}' is {weight.dtype}: {title} needs a floating-point weight.")
-    if weight.dtype.itemsize < 2:
-        raise BadInput(f"the weight of '{name}' is {weight.dtype}: convert it to 16 or more bits before {title}.")
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        raise BadInput(f"'{name}' rewrites its own weight (max_norm): set max_norm to None, or leave it out of where.")
-
-
 def refuse_shared(method: Parametrize, model: nn.Module) -> None:
     """Refuse targets whose weight another layer uses too: for methods that move part of a weight into an adapter."""
     targets = {id(layer): name for name, layer in method.targets(model)}
@@ -326,7 +305,7 @@ class Parametrize(Method):
 
     def targets(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Return the layers that this method acts on."""
-        found, unreached = require_layers(self, model, self.where), _read_by_others(model)
+        found, unreached = require_layers(self, model, self.where), read_by_others(model)
         refuse_names_of_others(self, model, self.where)
         title, dropped = type(self).__name__, unreached
         if self.where == ".*":
@@ -343,7 +322,7 @@ class Parametrize(Method):
                 f"{title} finds only layers that are new with the task, or embeddings: name them in where, or drop it."
             )
         for name, layer in chosen:
-            _check_weight(title, name, layer)
+            refuse_weight(title, name, layer)
         return chosen
 
     def prepare(self, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from plait.errors import BadInput
 from plait.layers import require_weights, within
 from plait.math.packed import Packed
 from plait.method import Method, method
+from plait.parametrize.refusals import refuse_absent
 
 
 def mark_fresh(model: nn.Module, *names: str) -> nn.Module:
@@ -84,10 +85,7 @@ class Freeze(Method):
         """Refuse weights that are not there yet, and a pattern that freezes nothing, or everything."""
         frozen, title = {id(p) for p in self.frozen(model)}, type(self).__name__
         for name, parameter in model.named_parameters():
-            if isinstance(parameter, nn.UninitializedParameter):
-                raise BadInput(f"'{name}' has no shape before its first input: run the model once before {title}.")
-            if parameter.is_meta:
-                raise BadInput(f"'{name}' is on the meta device: load the model's weights before {title}.")
+            refuse_absent(title, f"'{name}'", parameter)
         require_weights(f"{title}.keep", self.keep, model)
         if not frozen:
             raise BadInput(f"{title} would freeze nothing: change where or keep, or drop it.")

@@ -100,7 +100,7 @@ def update_of(model: nn.Module, base: nn.Module | None = None, rank: int | None 
             made.factors[name] = factors
         if size:
             made.lost[name] = left, size
-    for name in trained_beside(model) if base is None else whole:
+    for name in trained_beside(model, moved) if base is None else whole:
         made.whole |= {f"{name}.{key}": t for key, t in model.get_submodule(name).state_dict().items()}
     made.origin = {name: value for name, value in made.origin.items() if name not in made.whole}
     return made
@@ -283,11 +283,11 @@ def _moved_weight(layer: nn.Module, base: nn.Module | None, moved: set[int]) -> 
     return other and all(part.taken() is None for part in stack(layer))
 
 
-def trained_beside(model: nn.Module) -> list[str]:
+def trained_beside(model: nn.Module, moved: set[int]) -> list[str]:
     """Return the smallest layers that hold trained parameters which belong to no adapter, or running statistics that
-    moved; of a weight that layers share all of them, for peft gives each a weight of its own.
+    moved; of a weight that layers share all of them, for peft gives each a weight of its own. moved: `moved_weights`.
     """
-    names, moved = [], moved_weights(model)
+    names: list[str] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, kind = name.rpartition(".")
         trained = parameter.requires_grad or id(parameter) in moved

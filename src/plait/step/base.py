@@ -197,6 +197,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     FSDP2 each process steps its share; what must be taken whole is gathered, and stepped alike by every process.
     """
 
+    of_a_run: ClassVar[tuple[str, ...]] = ()
+    """What its groups hold of the run beside hyperparameters: left out where they are copied into another optimizer."""
+
     def __init__(self, rule: Rule, parameters: Any) -> None:
         self.method, self.fused = rule, True
         defaults = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in NOT_OF_A_GROUP}
@@ -205,6 +208,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with hyperparameters of its own; each is held to the range of its field."""
+        param_group = {name: value for name, value in param_group.items() if name not in self.of_a_run}
         title = type(self.method).__name__
         known = {f.name for f in fields(self.method)} - set(NOT_OF_A_GROUP)
         own = {name: value for name, value in param_group.items() if name in known}

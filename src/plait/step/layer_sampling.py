@@ -118,6 +118,7 @@ class RoundsOptimizer(RuleOptimizer):
     """
 
     method: Rounds
+    of_a_run = ("taken", "seed")
     told: bool = False
     """Whether the loop has said that the step under way began."""
 
@@ -139,13 +140,11 @@ class RoundsOptimizer(RuleOptimizer):
         self.begin()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group before the first round, without what another optimizer's groups hold of its rounds; refuse it
-        later, for the draws are among all layers.
-        """
+        """Add a group before the first round; refuse it later, for the draws are among all layers."""
         if hasattr(self, "layers"):
             title = type(self.method).__name__
             raise BadInput(f"{title} draws among the layers that it began with: make a new {title} of all parameters.")
-        super().add_param_group({name: v for name, v in param_group.items() if name not in ("taken", "seed")})
+        super().add_param_group(param_group)
 
     def number(self) -> int:
         """Return the number of the round that the next step belongs to."""

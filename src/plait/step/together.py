@@ -38,9 +38,7 @@ class TogetherOptimizer(RuleOptimizer):
 
     method: Together
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what another optimizer's groups hold of its run is left out."""
-        super().add_param_group({name: value for name, value in param_group.items() if name != "length"})
+    of_a_run = ("length",)
 
     def advance(self) -> None:
         """Take the step along the gradients that are at hand."""
