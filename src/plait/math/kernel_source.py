@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from plait.math.update_rule import FUNCTIONS, UpdateRule
+from plait.math.update_rule import FUNCTIONS, NORM, UpdateRule
 
 STASH = 2**22
 """For how many elements of a weight a rule with a trust ratio keeps the direction; for the others it finds it twice."""
@@ -75,6 +75,17 @@ NORMS = """
         rate *= trust(sqrt(weight_norm), sqrt(direction_norm), {arguments})
 """
 
+NORM_LOOP = """
+        total = 0.0
+{loop}
+            some = float32(0)
+            for i in range(size):
+                part = normed({elements})
+                some += part * part
+            total += some
+        norm = float32(sqrt(total))
+"""
+
 STASHED = """
 {loop}
             held = stash[begin : begin + size]
@@ -110,8 +121,8 @@ ELEMENTS = """
 class Hoist(ast.NodeTransformer):
     """Replace each largest expression that depends on scalars only by a name, and remember it."""
 
-    def __init__(self, scalars: tuple[str, ...]) -> None:
-        self.scalars, self.found = scalars, dict[str, str]()
+    def __init__(self, scalars: tuple[str, ...], prefix: str) -> None:
+        self.scalars, self.prefix, self.found = scalars, prefix, dict[str, str]()
 
     def visit(self, node: ast.AST) -> Any:
         """Return the node, or the name that stands for it."""
@@ -119,7 +130,7 @@ class Hoist(ast.NodeTransformer):
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - set(FUNCTIONS)
             reads = isinstance(getattr(node, "ctx", ast.Load()), ast.Load)
             if reads and names <= set(self.scalars) and not (isinstance(node, ast.Name) and node.id in FUNCTIONS):
-                return ast.Name(self.found.setdefault(ast.unparse(node), f"constant{len(self.found)}"), ast.Load())
+                return ast.Name(self.found.setdefault(ast.unparse(node), f"{self.prefix}{len(self.found)}"), ast.Load())
         return self.generic_visit(node)
 
 
@@ -135,15 +146,28 @@ def function(of: Callable[..., Any]) -> ast.FunctionDef:
     return found
 
 
-def direction(rule: UpdateRule) -> tuple[str, dict[str, str]]:
-    """Return the text of `direction(weight, gradient, *states, *constants)`, and each constant's expression by name."""
-    text = function(rule.direction)
-    hoist = Hoist(tuple(a.arg for a in text.args.kwonlyargs))
+def elementwise(of: Callable[..., Any], name: str, prefix: str) -> tuple[str, dict[str, str]]:
+    """Return the text of `name(weight, gradient, *states, *constants)`, with the norm last where the function reads it,
+    and each constant's expression by the constant's name.
+    """
+    text = function(of)
+    keywords = [a.arg for a in text.args.kwonlyargs]
+    hoist = Hoist(tuple(k for k in keywords if k != NORM), prefix)
     text.body = [hoist.visit(statement) for statement in text.body]
     constants = {name: expression for expression, name in hoist.found.items()}
-    text.args.args += [ast.arg(name) for name in constants]
-    text.args.kwonlyargs, text.args.kw_defaults, text.name = [], [], "direction"
+    text.args.args += [ast.arg(name) for name in (*constants, *([NORM] if NORM in keywords else []))]
+    text.args.kwonlyargs, text.args.kw_defaults, text.name = [], [], name
     return ast.unparse(ast.fix_missing_locations(text)), constants
+
+
+def direction(rule: UpdateRule) -> tuple[str, dict[str, str]]:
+    """Return the text and the constants of a rule's direction."""
+    return elementwise(rule.direction, "direction", "constant")
+
+
+def normed(rule: UpdateRule) -> tuple[str, dict[str, str]]:
+    """Return the text and the constants of what a rule takes the norm of, empty where it takes none."""
+    return ("", {}) if rule.normed is None else elementwise(rule.normed, "normed", "inner")
 
 
 def trust(rule: UpdateRule) -> tuple[str, list[str]]:
@@ -232,6 +256,10 @@ class Text:
         value = f"{self.read('weight')} - step * {direction}"
         return f"weight[i] = {f'narrowed({value})' if self.layout.weight == 'bfloat16' else value}"
 
+    def norm(self, elements: str) -> str:
+        """What finds the norm that the direction reads."""
+        return NORM_LOOP.format(loop=self.loop("0", "count"), elements=elements) if self.rule.normed else ""
+
     def norms(self, elements: str) -> str:
         """What multiplies the rate by the trust ratio."""
         if self.rule.trust is None:
@@ -266,13 +294,13 @@ def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> st
     """Return the Python text of a rule's kernel; `version` says of which functions."""
     body, constants = direction(rule)
     text = Text(rule, layout)
-    parts = [HEADER.format(name=name, version=version), f"\n@njit(**HOW)\n{body}\n"]
-    if rule.trust is not None:
-        parts.append(f"\n@njit(**HOW)\n{trust(rule)[0]}\n")
-    reads = [text.read("weight"), f"scale * {text.read('gradient')}", *map(text.read, rule.states), *constants]
-    elements = ", ".join(reads)
+    norm_text, inner = normed(rule)
+    texts = [body, *([norm_text] if norm_text else []), *([trust(rule)[0]] if rule.trust is not None else [])]
+    parts = [HEADER.format(name=name, version=version), *(f"\n@njit(**HOW)\n{each}\n" for each in texts)]
+    reads = [text.read("weight"), f"scale * {text.read('gradient')}", *map(text.read, rule.states)]
+    elements = ", ".join([*reads, *constants, *([NORM] if norm_text else [])])
     numbers = [f"{s} = scalars[row, {3 + n}]" for n, s in enumerate(rule.scalars)]
-    numbers += [f"{name} = float32({expression})" for name, expression in constants.items()]
+    numbers += [f"{name} = float32({expression})" for name, expression in (constants | inner).items()]
     numbers += [f"key{n} = hashed(key, {n})" for n in range((len(rule.states) + 1) // 2)]
     scratch = [f"{state} = empty(256, float32)" for state in rule.states] if layout.states == "8bit" else []
     scratch += ["random = empty(256, int32)"] if scratch else []
@@ -280,7 +308,7 @@ def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> st
     run = RUN.format(
         scratch=textwrap.indent("\n".join(scratch), " " * 4),
         numbers=textwrap.indent("\n".join(numbers), " " * 8),
-        norms=text.norms(elements),
+        norms=text.norm(", ".join([*reads, *inner])) + text.norms(elements),
         step=text.step(elements).strip("\n"),
     )
     return "\n".join([*parts, run])

@@ -34,7 +34,7 @@ Kernel = Callable[[Any, Any], None]
 addresses), scalars [rows, 3 + names] of float64 (rate, sign of the gradient, random key, the rule's own)."""
 
 CHUNK = 1 << 18
-"""Elements that one thread takes at a time from a tensor; a rule with a trust ratio takes whole tensors."""
+"""Elements that one thread takes at a time from a tensor; a rule that looks at whole tensors takes them whole."""
 SMALL = 1 << 16
 """Steps over fewer elements than this are not worth a second thread."""
 

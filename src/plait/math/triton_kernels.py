@@ -2,15 +2,16 @@
 
 A launch takes a table with one line for each piece of a tensor, and a table of numbers (the rate, what depends on
 scalars only, random keys): nothing that changes from step to step is an argument, so no number recompiles anything.
-A rule with a trust ratio takes three launches: sums of squares by piece, a ratio for each tensor in a fixed order, and
-the step. With TRITON_INTERPRET=1 and "cpu" added to `DEVICES` the same text runs on a CPU, which is how it is tested.
+A rule that looks at whole tensors takes three launches: sums of squares by piece, a ratio or a norm for each tensor in
+a fixed order, and the step. With TRITON_INTERPRET=1 and "cpu" added to `DEVICES` the same text runs on a CPU, which is
+how it is tested.
 """
 
 from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from plait.math.kernel_source import Layout, direction, trust
+from plait.math.kernel_source import Layout, direction, normed, trust
 from plait.math.kernels import load, unusable
 from plait.math.storage import BLOCK, scramble
 from plait.math.update_rule import UpdateRule
@@ -55,13 +56,14 @@ def constants({scalars}):
 {direction}
 
 
-{trust}
+{whole}
 
 
 @triton.jit
 def run(table, numbers, ratios, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr, DIVISOR: tl.constexpr):
     line = table + tl.program_id(0) * COLUMNS
 {load}
+{call}
     step = rate{ratio}
 {store}
 '''
@@ -75,6 +77,7 @@ TRUST = """
 def norms(table, numbers, sums, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr, DIVISOR: tl.constexpr):
     line = table + tl.program_id(0) * COLUMNS
 {load}
+{call}
     tl.store(sums + 2 * tl.program_id(0), tl.sum(where(inside, weight * weight, 0.0)))
     tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(where(inside, way * way, 0.0)))
 
@@ -91,6 +94,33 @@ def ratio(spans, numbers, sums, ratios, NUMBERS: tl.constexpr):
 {numbers}
     tl.store(ratios + tl.program_id(0), trust(sqrt(weight_norm), sqrt(direction_norm){arguments}))
 """
+
+NORM = """
+@triton.jit
+{normed}
+
+
+@triton.jit
+def norms(table, numbers, sums, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr, DIVISOR: tl.constexpr):
+    line = table + tl.program_id(0) * COLUMNS
+{load}
+    part = normed({elements})
+    tl.store(sums + tl.program_id(0), tl.sum(where(inside, part * part, 0.0)))
+
+
+@triton.jit
+def ratio(spans, numbers, sums, ratios, NUMBERS: tl.constexpr):
+    span = spans + tl.program_id(0) * 3
+    first, count = tl.load(span + 1), tl.load(span + 2)
+    total = 0.0
+    for start in range(0, count, 1024):
+        at = start + tl.arange(0, 1024)
+        total += tl.sum(tl.load(sums + first + at, mask=at < count, other=0.0))
+    tl.store(ratios + tl.program_id(0), sqrt(total))
+"""
+
+OF_TENSOR = "tl.load(ratios + tl.load(line + 5))"
+"""What the second launch found for the tensor of a line."""
 
 FLAT = """
 at = tl.multiple_of(tl.load(line + 4), DIVISOR) + tl.arange(0, {piece})
@@ -110,10 +140,10 @@ inside = (lane < width) & in_tensor
 KINDS = {"float32": "float32", "bfloat16": "uint16", "8bit": "uint8"}
 
 
-def _load_text(rule: UpdateRule, layout: Layout, constants: int) -> str:
-    """The text that reads a piece of a tensor and calls the rule."""
+def _load_text(rule: UpdateRule, layout: Layout, constants: list[str]) -> str:
+    """The text that reads a piece of a tensor."""
     lines = ["row = numbers + tl.load(line) * NUMBERS", "rate, scale = tl.load(row), tl.load(row + 1)"]
-    lines += [f"constant{n} = tl.load(row + {2 + n})" for n in range(constants)]
+    lines += [f"{name} = tl.load(row + {2 + n})" for n, name in enumerate(constants)]
     lines += (IN_ROWS if layout.states == "8bit" else FLAT).format(piece=PIECE).strip().splitlines()
     place = FIRST_ADDRESS
     kinds = [("weight", layout.weight), ("gradient", layout.weight), *((name, layout.states) for name in rule.states)]
@@ -127,10 +157,19 @@ def _load_text(rule: UpdateRule, layout: Layout, constants: int) -> str:
             place += 1
             read = f"decode({read}, tl.load({name}_scale_at, mask=in_tensor, other=0.0))"
         lines.append(f"{name} = {f'widened({read})' if kind == 'bfloat16' else read}")
-    names = ", ".join(f"new_{name}" for name in rule.states)
-    arguments = ", ".join(["weight", "scale * gradient", *rule.states, *(f"constant{n}" for n in range(constants))])
-    lines.append(f"way, {names} = direction({arguments})" if names else f"way = direction({arguments})[0]")
     return textwrap.indent("\n".join(lines), " " * 4)
+
+
+def _elements(rule: UpdateRule, constants: Iterable[str]) -> str:
+    """What a function of elements is called with."""
+    return ", ".join(["weight", "scale * gradient", *rule.states, *constants])
+
+
+def _call_text(rule: UpdateRule, constants: Iterable[str]) -> str:
+    """The text that finds the direction and the new states."""
+    names = ", ".join(f"new_{name}" for name in rule.states)
+    arguments = _elements(rule, [*constants, *([OF_TENSOR] if rule.normed else [])])
+    return f"    way, {names} = direction({arguments})" if names else f"    way = direction({arguments})[0]"
 
 
 def _store_text(rule: UpdateRule, layout: Layout, keys: int) -> str:
@@ -157,24 +196,32 @@ def _store_text(rule: UpdateRule, layout: Layout, keys: int) -> str:
 def source(rule: UpdateRule, name: str, layout: Layout) -> str:
     """Return the Python text of a rule's kernels. A row of numbers: rate, sign, constants, scalars of trust, keys."""
     body, constants = direction(rule)
-    load_text = _load_text(rule, layout, len(constants))
+    norm_text, inner = normed(rule)
+    every = constants | inner
+    load_text, call_text = _load_text(rule, layout, list(every)), _call_text(rule, constants)
     written, names = ("", list[str]()) if rule.trust is None else trust(rule)
-    places = [f"{n} = tl.load(numbers + row * NUMBERS + {2 + len(constants) + i})" for i, n in enumerate(names)]
-    with_trust = TRUST.format(
-        trust=written,
-        load=load_text,
-        numbers=textwrap.indent("\n".join(places), " " * 4),
-        arguments="".join(f", {n}" for n in names),
-    )
+    places = [f"{n} = tl.load(numbers + row * NUMBERS + {2 + len(every) + i})" for i, n in enumerate(names)]
+    whole = ""
+    if rule.normed:
+        whole = NORM.format(normed=norm_text, load=load_text, elements=_elements(rule, inner))
+    elif rule.trust:
+        whole = TRUST.format(
+            trust=written,
+            load=load_text,
+            call=call_text,
+            numbers=textwrap.indent("\n".join(places), " " * 4),
+            arguments="".join(f", {n}" for n in names),
+        )
     return TEXT.format(
         name=name,
         scalars=", ".join(rule.scalars),
-        expressions=", ".join([*constants.values(), *names]),
+        expressions=", ".join([*every.values(), *names]),
         direction=body,
-        trust=with_trust if rule.trust else "",
+        whole=whole,
         load=load_text,
-        ratio=" * tl.load(ratios + tl.load(line + 5))" if rule.trust else "",
-        store=_store_text(rule, layout, 2 + len(constants) + len(names)),
+        call=call_text,
+        ratio=f" * {OF_TENSOR}" if rule.trust else "",
+        store=_store_text(rule, layout, 2 + len(every) + len(names)),
     )
 
 
@@ -202,7 +249,7 @@ class TritonKernel:
         _, table, spans = self.tables[key]
         given = {"COLUMNS": table.shape[1], "NUMBERS": numbers.shape[1], "DIVISOR": 16 if aligned else 1}
         ratios = torch.empty(len(items), device=numbers.device)
-        if self.rule.trust is not None:
+        if self.rule.whole:
             sums = torch.empty(len(table), 2, device=numbers.device)
             self.module.norms[(len(table),)](table, numbers, sums, **given)
             self.module.ratio[(len(items),)](spans, numbers, sums, ratios, NUMBERS=numbers.shape[1])

@@ -2,9 +2,10 @@
 
 A rule is `direction(weight, gradient, *states, *, scalars) -> (direction, *new states)`, and the weight becomes
 weight - rate * direction. A rule that also looks at a whole tensor adds `trust(weight_norm, direction_norm, *,
-scalars)`, and the weight becomes weight - rate * trust * direction. The names of the states and the scalars stand in
-the signature and nowhere else. The same text is run on tensors here, and compiled to one pass over memory in
-`plait.math.kernels`.
+scalars)`, and the weight becomes weight - rate * trust * direction; or `normed(weight, gradient, *states, *,
+scalars)`, of whose numbers the norm over the tensor is the keyword `norm` of its direction. The names of the states and
+the scalars stand in the signature and nowhere else. The same text is run on tensors here, and compiled to one pass over
+memory in `plait.math.kernels`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def minimum(value: Any, most: Any) -> Any:
 FUNCTIONS = ("sqrt", "sign", "exp", "where", "maximum", "minimum", "abs")
 """What a rule may call, beside arithmetic and comparisons."""
 
+NORM = "norm"
+"""The keyword of a direction that is no scalar: the norm of what the rule has `normed`."""
+
 
 def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
     parameters = inspect.signature(function).parameters.values()
@@ -49,10 +53,14 @@ def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """The two functions of a rule, and the names that their signatures give."""
+    """The functions of a rule, and the names that their signatures give."""
 
     direction: Callable[..., Any]
     trust: Callable[..., Any] | None = None
+    normed: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.trust is None or self.normed is None, "a rule looks at whole tensors in one way only"
 
     @cached_property
     def states(self) -> tuple[str, ...]:
@@ -63,7 +71,13 @@ class UpdateRule:
     @cached_property
     def scalars(self) -> tuple[str, ...]:
         """The names of the numbers that are the same for all elements of a tensor, but for the rate."""
-        return tuple(dict.fromkeys(_keywords(self.direction) + (_keywords(self.trust) if self.trust else ())))
+        functions = [f for f in (self.direction, self.trust, self.normed) if f is not None]
+        return tuple(dict.fromkeys(name for f in functions for name in _keywords(f) if name != NORM))
+
+    @property
+    def whole(self) -> bool:
+        """Say whether the rule looks at a whole tensor before it steps an element of it."""
+        return self.trust is not None or self.normed is not None
 
 
 def plain_step(
@@ -89,12 +103,17 @@ def plain_step(
     """
     precise = exact(weight.dtype)
     held, gradient = weight.to(precise), gradient.to(precise)
-    given = {name: scalars[name] for name in _keywords(rule.direction)}
-    direction, *new = rule.direction(held, gradient, *states.values(), **given)
-    rate: Any = scalars["rate"]
+    numbers: dict[str, Any] = dict(scalars)
+
+    def called(function: Callable[..., Any], *elements: Tensor) -> Any:
+        return function(*elements, **{name: numbers[name] for name in _keywords(function)})
+
+    if rule.normed is not None:
+        numbers[NORM] = norm(called(rule.normed, held, gradient, *states.values()))
+    direction, *new = called(rule.direction, held, gradient, *states.values())
+    rate = numbers["rate"]
     if rule.trust is not None:
-        norms = norm(held), norm(direction)
-        rate = rate * rule.trust(*norms, **{name: scalars[name] for name in _keywords(rule.trust)})
+        rate = rate * called(rule.trust, norm(held), norm(direction))
     weight.copy_(held - rate * direction)
     for state, value in zip(states.values(), new, strict=True):
         state.copy_(value)

@@ -42,7 +42,7 @@ def as_groups(given: list[Any]) -> list[dict[str, Any]]:
 
 @method
 class Rule(Method):
-    """w <- w - lr * direction(w, gradient, states), and times `trust` where a rule has one.
+    """w <- w - lr * direction(w, gradient, states), and times `trust` where a rule has one; see `UpdateRule`.
 
     lr: the learning rate. decay_vectors: whether biases, norm scales and other weights of less than two dimensions
     decay too, as in torch. maximize: ascend. where: names of the weights that are stepped; the others stay. states: how
@@ -57,6 +57,7 @@ class Rule(Method):
 
     direction: ClassVar[Callable[..., Any]]
     trust: ClassVar[Callable[..., Any] | None] = None
+    normed: ClassVar[Callable[..., Any] | None] = None
 
     @classmethod
     def rounds(cls) -> bool:
@@ -84,7 +85,7 @@ class Rule(Method):
     @classmethod
     def rule(cls) -> UpdateRule:
         """Return the mathematics of the method."""
-        return UpdateRule(cls.direction, cls.trust)
+        return UpdateRule(cls.direction, cls.trust, cls.normed)
 
     @classmethod
     def scalars(cls, step: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -183,7 +184,7 @@ class Work:
             if isinstance(run, triton_kernels.TritonKernel):
                 run.launch(items, self.numbers, device)
             else:
-                launch(run, items, self.numbers, whole=self.rule.trust is not None, sizes=layout.sizes(self.rule))
+                launch(run, items, self.numbers, whole=self.rule.whole, sizes=layout.sizes(self.rule))
         # A kernel writes past autograd: an older graph that is differentiated after this step is to say so, as always.
         torch.autograd.graph.increment_version([weight for weight, *_ in self.held if not weight.is_inference()])
 
@@ -315,7 +316,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Say whether a kernel steps these tensors: not where norms are over several processes."""
         if not (self.fused and layout.weight and tensors[0].dtype == tensors[1].dtype and all(map(_is_flat, tensors))):
             return False
-        if not alone and work.rule.trust is not None:
+        if not alone and work.rule.whole:
             return False
         if work.kernel(tensors[0].device, layout) is None:
             self.fused = False
