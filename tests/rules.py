@@ -43,9 +43,10 @@ class Weights(nn.Module):
 
 
 def given(kind: type[Rule], **more: Any) -> dict[str, Any]:
-    """The fields that a rule is tried with: of `more` those that it has."""
-    known = {f.name for f in fields(kind)}
-    return {name: value for name, value in {**SMALL, **more}.items() if name in known}
+    """The fields that a rule is tried with: of `more` those that it has, and as many betas as it has."""
+    known = {f.name: f.default for f in fields(kind)}
+    found = {name: value for name, value in {**SMALL, **more}.items() if name in known}
+    return found | ({"betas": found["betas"][: len(known["betas"])]} if "betas" in found else {})
 
 
 def made(key: str, model: nn.Module, **more: Any) -> RuleOptimizer:

@@ -5,6 +5,7 @@ The same fifty steps as other implementations take stand in test_golden.py, prop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from plait.step.adagrad import AdaGrad, AdaGradNorm
+from plait.step.adam import AdamW
 from plait.step.base import Rule
+from plait.step.difference import MARS, Adan
 from plait.step.factored import Adafactor
 from plait.step.friction import DiffGrad
+from plait.step.normalized import ADOPT, LaProp
 from plait.step.scale_invariant import SGDP, AdamP, tangent_rows
 from plait.step.signed import NormalizedSGD, SignSGD
 from plait.step.together import Together
@@ -129,10 +133,64 @@ def oracle_adafactor(ws: Weights, gs: list[Weights], lr: float, decay: float) ->
     return ws
 
 
+def oracle_laprop(ws: Weights, gs: list[Weights], lr: float, decay: float) -> Weights:
+    m, v = [np.zeros_like(w) for w in ws], [np.zeros_like(w) for w in ws]
+    for t, step in enumerate(gs, 1):
+        for i, g in enumerate(step):
+            v[i] = 0.999 * v[i] + 0.001 * g**2
+            m[i] = 0.9 * m[i] + 0.1 * g / (np.sqrt(v[i] / (1 - 0.999**t)) + 1e-15)
+            ws[i] = ws[i] - lr * (m[i] / (1 - 0.9**t) + decay * ws[i])
+    return ws
+
+
+def oracle_adopt(ws: Weights, gs: list[Weights], lr: float, decay: float) -> Weights:
+    """The final version's algorithm as it is printed: v_0 = g_0^2, m_0 = 0, then t = 1, 2, ..."""
+    m, v = [np.zeros_like(w) for w in ws], [g**2 for g in gs[0]]
+    for t, step in enumerate(gs[1:], 1):
+        for i, g in enumerate(step):
+            m[i] = 0.9 * m[i] + 0.1 * np.clip(g / np.maximum(np.sqrt(v[i]), 1e-6), -(t**0.25), t**0.25)
+            ws[i] = ws[i] - lr * (m[i] + decay * ws[i])
+            v[i] = 0.9999 * v[i] + 0.0001 * g**2
+    return ws
+
+
+def oracle_adan(ws: Weights, gs: list[Weights], lr: float, decay: float) -> Weights:
+    """Means that start at zero and are divided by what has been given out of their weight."""
+    m, v, n = ([np.zeros_like(w) for w in ws] for _ in range(3))
+    last = gs[0]
+    for t, step in enumerate(gs, 1):
+        for i, g in enumerate(step):
+            change = g - last[i]
+            m[i], v[i] = 0.98 * m[i] + 0.02 * g, 0.92 * v[i] + 0.08 * change
+            n[i] = 0.99 * n[i] + 0.01 * (g + 0.92 * change) ** 2
+            ahead = m[i] / (1 - 0.98**t) + 0.92 * v[i] / (1 - 0.92**t)
+            ws[i] = (ws[i] - lr * ahead / (np.sqrt(n[i] / (1 - 0.99**t)) + 1e-8)) / (1 + lr * decay)
+        last = step
+    return ws
+
+
+def oracle_mars(ws: Weights, gs: list[Weights], lr: float, decay: float) -> Weights:
+    m, v = [np.zeros_like(w) for w in ws], [np.zeros_like(w) for w in ws]
+    last = gs[0]
+    for t, step in enumerate(gs, 1):
+        for i, g in enumerate(step):
+            c = g + 0.025 * 0.95 / 0.05 * (g - last[i])
+            c = c / np.linalg.norm(c) if np.linalg.norm(c) > 1 else c
+            m[i], v[i] = 0.95 * m[i] + 0.05 * c, 0.99 * v[i] + 0.01 * c**2
+            found = m[i] / (1 - 0.95**t) / (np.sqrt(v[i] / (1 - 0.99**t)) + 1e-8)
+            ws[i] = ws[i] - lr * (found + decay * ws[i])
+        last = step
+    return ws
+
+
 ORACLES: dict[type[Rule], Callable[..., Weights]] = {
     AdamP: oracle_adamp,
     SGDP: oracle_sgdp,
     DiffGrad: oracle_diffgrad,
+    LaProp: oracle_laprop,
+    ADOPT: oracle_adopt,
+    Adan: oracle_adan,
+    MARS: oracle_mars,
     AdaGrad: oracle_adagrad,
     AdaGradNorm: oracle_adagrad_norm,
     SignSGD: oracle_signsgd,
@@ -255,6 +313,123 @@ def test_friction_halves_the_step_where_the_gradient_stays() -> None:
         w.grad = torch.tensor([20.0, 0.0])
         rule.step()
     assert torch.allclose(w.detach() - before, torch.tensor([-0.5, 0.0]), atol=1e-5)
+
+
+# -- normalized before they enter the mean
+# ----------------------------------------------------------------------------------
+def longest(rule: type[Rule], gradients: list[float], **fields: Any) -> float:
+    """The longest step of a weight along these gradients, lr = 1."""
+    w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer, steps = rule([w], lr=1.0, **fields), []
+    for g in gradients:
+        before = float(w.detach())
+        w.grad = torch.tensor([g], dtype=torch.float64)
+        optimizer.step()
+        steps.append(abs(float(w.detach()) - before))
+    return max(steps)
+
+
+def test_no_step_of_laprop_exceeds_its_bound_whatever_the_betas() -> None:
+    """A gradient a million times the later ones: Adam's mean remembers it longer than the square it is divided by."""
+    gradients = [1.0] * 5 + [1e6] + [1.0] * 200
+    fields: dict[str, Any] = {"betas": (0.99, 0.5), "weight_decay": 0.0}
+    assert longest(LaProp, gradients, **fields) <= 1 / math.sqrt(1 - 0.5)
+    assert longest(AdamW, gradients, **fields) > 1000
+
+
+def test_laprop_without_a_mean_of_squares_is_the_mean_of_signs() -> None:
+    draw, w = torch.Generator().manual_seed(0), nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    rule, mean = LaProp([w], lr=0.1, betas=(0.9, 0.0)), torch.zeros(5, dtype=torch.float64)
+    for t in range(1, 6):
+        w.grad = torch.randn(5, generator=draw, dtype=torch.float64)
+        mean, before = 0.9 * mean + 0.1 * w.grad.sign(), w.detach().clone()
+        rule.step()
+        assert torch.allclose(w.detach() - before, -0.1 * mean / (1 - 0.9**t))
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_adopt_moves_nothing_at_first_and_is_held_to_a_growing_bound_after(clipped: bool) -> None:
+    w = nn.Parameter(torch.ones(1))
+    rule = ADOPT([w], lr=1.0, betas=(0.0, 0.5), clipped=clipped, weight_decay=0.1)
+    for t, found in ((0, 0.0), (1, 2.0), (16, 1.5)):
+        rule.state[w].update(step=t, exp_avg=torch.zeros(1), exp_avg_sq=torch.ones(1))
+        w.grad = torch.full((1,), found or 3.0)
+        before = float(w.detach())
+        rule.step()
+        step = 0.1 * before + (min(found, t**0.25) if clipped else found) if t else 0.0
+        assert before - float(w.detach()) == pytest.approx(step)
+        assert float(rule.state[w]["exp_avg_sq"]) == pytest.approx(0.5 + 0.5 * found**2 if t else 9.0)
+
+
+# -- the change of the gradient
+# ---------------------------------------------------------------------------------------------
+def test_adan_starts_at_the_first_gradient_where_one_asks_for_the_algorithm_as_printed() -> None:
+    """m_0 = g_0, v_0 = 0, v_1 = g_1 - g_0, n_0 = g_0^2, and no corrections."""
+    ws, gs = drawn(1)
+    weights = [nn.Parameter(torch.tensor(w)) for w in ws]
+    optimizer = Adan(weights, lr=0.02, weight_decay=0.1, corrected=False)
+    m, v, n = gs[0], [0 * g for g in gs[0]], [g**2 for g in gs[0]]
+    for k, step in enumerate(gs):
+        for p, g in zip(weights, step, strict=True):
+            p.grad = torch.tensor(g)
+        optimizer.step()
+        if k > 0:
+            change = [g - last for g, last in zip(step, gs[k - 1], strict=True)]
+            m = [0.98 * a + 0.02 * g for a, g in zip(m, step, strict=True)]
+            v = change if k == 1 else [0.92 * a + 0.08 * d for a, d in zip(v, change, strict=True)]
+            n = [0.99 * a + 0.01 * (g + 0.92 * d) ** 2 for a, g, d in zip(n, step, change, strict=True)]
+        for i in range(len(ws)):
+            ws[i] = (ws[i] - 0.02 * (m[i] + 0.92 * v[i]) / (np.sqrt(n[i]) + 1e-8)) / (1 + 0.02 * 0.1)
+    for p, expected in zip(weights, ws, strict=True):
+        assert np.allclose(p.detach().numpy(), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_adan_is_adam_where_the_change_counts_for_nothing() -> None:
+    ws, gs = drawn(2)
+    found = []
+    for rule, fields in ((Adan, {"betas": (0.9, 0.0, 0.999)}), (AdamW, {})):
+        weights = [nn.Parameter(torch.tensor(w)) for w in ws]
+        optimizer = rule(weights, lr=0.02, weight_decay=0.0, **fields)
+        for step in gs:
+            for p, g in zip(weights, step, strict=True):
+                p.grad = torch.tensor(g)
+            optimizer.step()
+        found.append(weights)
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_mars_without_gamma_is_adamw_on_clipped_gradients(size: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 5, generator=draw)
+    one, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mars, adamw = MARS([one], lr=0.02, gamma=0.0), AdamW([other], lr=0.02, betas=(0.95, 0.99), weight_decay=0.0)
+    for _ in range(5):
+        one.grad = size * torch.rand(1, generator=draw) * torch.randn(6, 5, generator=draw)
+        other.grad = one.grad / one.grad.norm().clamp(min=1.0)
+        mars.step()
+        adamw.step()
+    assert torch.allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_of_the_whole_tensor_however_it_is_kept(states: str, dtype: torch.dtype) -> None:
+    """Of more than one block of the kernel, and of rows that fill no block."""
+    draw = torch.Generator().manual_seed(0)
+    ends = []
+    for fused in (True, False):
+        w = nn.Parameter(torch.zeros(70, 300, dtype=dtype))
+        rule = MARS([w], lr=0.02, gamma=0.5, states=states)
+        rule.fused = fused
+        draw.manual_seed(0)
+        for size in (1.0, 1e-4, 3.0):
+            w.grad = (size * torch.randn(70, 300, generator=draw)).to(dtype)
+            rule.step()
+        assert rule.fused == fused
+        ends.append(w.detach().float())
+    differ = (ends[0] - ends[1]).abs() > 2e-5 + (2**-7 * ends[1].abs() if dtype == torch.bfloat16 else 0)
+    assert float(differ.float().mean()) <= 2e-3
 
 
 def test_adafactor_keeps_a_row_and_a_column() -> None:

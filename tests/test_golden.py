@@ -22,10 +22,12 @@ from plait import catalogue
 from plait.step.adagrad import AdaGrad, AdaGradNorm
 from plait.step.adam import AdaBelief, Adam, AdamW
 from plait.step.base import Rule
+from plait.step.difference import MARS, Adan
 from plait.step.factored import Adafactor
 from plait.step.friction import DiffGrad
 from plait.step.layerwise import LAMB, LARS
 from plait.step.momentum import SGD, SGDW, Lion
+from plait.step.normalized import ADOPT, LaProp
 from plait.step.scale_invariant import SGDP, AdamP
 from plait.step.signed import NormalizedSGD, SignSGD
 
@@ -59,11 +61,13 @@ def rate(step: int) -> float:
     return min((step + 1) / 5, 0.55 + 0.45 * math.cos(math.pi * step / STEPS))
 
 
-def trajectory(make: Callable[[nn.Module], list[torch.optim.Optimizer]]) -> Problem:
+def trajectory(
+    make: Callable[[nn.Module], list[torch.optim.Optimizer]], schedule: Callable[[int], float] = rate
+) -> Problem:
     """The problem after fifty steps of the optimizers."""
     model = Problem()
     rules = make(model)
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(rule, rate) for rule in rules]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(rule, schedule) for rule in rules]
     for _ in range(STEPS):
         model.zero_grad()
         model().backward()
@@ -117,7 +121,11 @@ def test_fifty_steps_beside_torch(key: str) -> None:
 # 0.3.0 adds 1e-8 to lengths. diffGrad_v2.py of shivram1987/diffGrad at 73233ba with torch's calls of today, and eps
 # 1e-12, since it is added before the second moment is corrected. Lion, AdaBelief (without rectification) and signSGD
 # are pytorch_optimizer's; the authors' own Lion and AdaBelief are in test_step.py. SGDP has Nesterov's momentum here:
-# without it the authors' code writes the projected step into its running mean, which the paper does not.
+# without it the authors' code writes the projected step into its running mean, which the paper does not. Adan is
+# adan.py of sail-sg/Adan at 2c65bea, ADOPT adopt.py of iShohei220/adopt at 6468572 with decouple=True, MARS mars.py of
+# AGI-Arena/MARS at 4831e28 with optimize_1d=True: its first change is g_1 itself, which here is clipped away.
+# pytorch_optimizer's Adan is the same number for number; its ADOPT decays at the first step too, and its MARS corrects
+# eps as well: they end 2e-2 and 1e-6 off.
 AUTHORS: dict[str, tuple[type[Rule], dict[str, Any], list[float], float]] = {
     "lion": (
         Lion,
@@ -149,6 +157,30 @@ AUTHORS: dict[str, tuple[type[Rule], dict[str, Any], list[float], float]] = {
         [4.09202113, -1.43779996, -0.251188303, 0.14712497],
         1e-8,
     ),
+    "adan": (
+        Adan,
+        {"lr": 0.03, "weight_decay": 0.1},
+        [4.26781426, -0.913177801, -0.204262412, -1.3092062],
+        1e-8,
+    ),
+    "adopt": (
+        ADOPT,
+        {"lr": 0.03, "weight_decay": 0.1},
+        [4.67216374, -1.21946654, -0.269320182, -1.87093969],
+        1e-8,
+    ),
+    "adopt, of the conference": (
+        ADOPT,
+        {"lr": 0.003, "weight_decay": 0.1, "clipped": False},
+        [3.13014777, -1.75256351, -0.383324242, 2.59829566],
+        1e-8,
+    ),
+    "mars": (
+        MARS,
+        {"lr": 0.01, "weight_decay": 0.1},
+        [3.52134946, -1.47083627, -0.266743941, 2.09045215],
+        1e-8,
+    ),
     "signsgd": (
         SignSGD,
         {"lr": 0.01, "weight_decay": 0.1},
@@ -162,6 +194,22 @@ AUTHORS: dict[str, tuple[type[Rule], dict[str, Any], list[float], float]] = {
 def test_fifty_steps_beside_the_authors_code(key: str) -> None:
     rule, fields, numbers, tolerance = AUTHORS[key]
     assert ours(rule, fields) == pytest.approx(numbers, rel=tolerance, abs=tolerance)
+
+
+def test_laprop_at_one_rate_beside_the_authors_code() -> None:
+    """laprop.py of Z-T-WANG/LaProp-Optimizer at a419916 with torch's calls of today. Along a schedule it differs from
+    the paper, as pytorch_optimizer's does: the running mean holds the rates of the steps that entered it.
+    """
+    model = trajectory(lambda model: [LaProp(model.named_parameters(), lr=0.01)], schedule=lambda step: 1.0)
+    numbers = [4.31480517, -1.26063042, -0.301604953, -0.231709651]
+    assert summary(model) == pytest.approx(numbers, rel=1e-8, abs=1e-8)
+
+
+def test_what_is_particular_acts_in_these_fifty_steps() -> None:
+    """The clipping of ADOPT, the correction of MARS, and where the means of Adan start."""
+    for key, fields in (("adopt", {"clipped": False}), ("mars", {"gamma": 0.0}), ("adan", {"corrected": False})):
+        rule, given, numbers, _ = AUTHORS[key]
+        assert ours(rule, {**given, **fields}) != pytest.approx(numbers, rel=1e-3)
 
 
 def test_the_projection_acts_in_these_fifty_steps() -> None:
@@ -186,6 +234,17 @@ def slow_sgdw(w: Arrays, g: Arrays, lr: float, t: int, memory: dict[str, Any]) -
     for n in w:
         memory[n] = 0.9 * memory.get(n, 0.0) + lr * g[n]
     return {n: w[n] - memory[n] - lr * 0.1 * w[n] for n in w}
+
+
+def slow_laprop(w: Arrays, g: Arrays, lr: float, t: int, memory: dict[str, Any]) -> Arrays:
+    """Ziyin et al.'s algorithm, with decoupled decay; others hold the learning rate in the running mean."""
+    for n in w:
+        m, v = memory.get(n, (0.0, 0.0))
+        v = 0.999 * v + 0.001 * g[n] ** 2
+        m = 0.9 * m + 0.1 * g[n] / (np.sqrt(v / (1 - 0.999**t)) + 1e-15)
+        memory[n] = m, v
+        w[n] = w[n] - lr * (m / (1 - 0.9**t) + 0.1 * w[n])
+    return w
 
 
 def slow_lamb(w: Arrays, g: Arrays, lr: float, t: int, memory: dict[str, Any]) -> Arrays:
@@ -238,6 +297,7 @@ def slow_adagrad_norm(w: Arrays, g: Arrays, lr: float, t: int, memory: dict[str,
 
 EQUATIONS: dict[str, tuple[type[Rule], Slow, float]] = {
     "sgdw": (SGDW, slow_sgdw, 0.01),
+    "laprop": (LaProp, slow_laprop, 0.01),
     "lamb": (LAMB, slow_lamb, 0.03),
     "lars": (LARS, slow_lars, 0.03),
     "sgdp": (SGDP, slow_sgdp, 0.01),

@@ -174,7 +174,7 @@ def test_triton_compiles_for_cuda_and_reads_sixteen_bytes_at_a_time(key: str, la
     tables = {"table": "*i64", "numbers": "*fp32"}
     spans = {"spans": "*i64", "numbers": "*fp32", "sums": "*fp32", "ratios": "*fp32"}
     wanted: dict[str, dict[str, str]] = {"run": tables | {"ratios": "*fp32"}}
-    if rule.trust is not None:
+    if rule.rule().whole:
         wanted |= {"norms": tables | {"sums": "*fp32"}, "ratio": spans}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -196,7 +196,7 @@ def test_new_numbers_compile_nothing() -> None:
     compiled = {id(run): len(run.signatures) for run in kernels._COMPILED.values() if run is not None}
     assert set(compiled.values()) == {1}
     for key in KEYS:
-        stepped(key, steps=2, lr=0.0123, weight_decay=0.321, betas=(0.7, 0.8), momentum=0.3, eps=1e-3)
+        stepped(key, steps=2, lr=0.0123, weight_decay=0.321, betas=(0.7, 0.8, 0.6), momentum=0.3, eps=1e-3)
     after = {id(run): len(run.signatures) for run in kernels._COMPILED.values() if run is not None}
     assert after == compiled
 
@@ -346,10 +346,11 @@ def test_a_group_has_its_own_numbers_and_follows_torchs_schedulers(key: str) -> 
         model = Weights()
         optimizer = made(key, model, lr=rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-        gradients(model, torch.Generator().manual_seed(1))
-        optimizer.step()
-        scheduler.step()
-        assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(rate / 2)] * len(
+        for _ in range(2):  # the first step of some moves nothing
+            gradients(model, torch.Generator().manual_seed(1))
+            optimizer.step()
+            scheduler.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(rate / 4)] * len(
             optimizer.param_groups
         )
         ends[rate] = model.large.detach().clone()
@@ -479,13 +480,14 @@ def test_the_scaler_leaves_out_a_step_that_overflowed(key: str) -> None:
     torch.manual_seed(0)
     model = Weights()
     optimizer, scaler = made(key, model), torch.amp.GradScaler("cpu", init_scale=8.0)
-    for overflow in (False, True, False):
+    for step, overflow in enumerate((False, False, True, False)):
         optimizer.zero_grad()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         scaler.scale(model.loss() * (float("inf") if overflow else 1.0)).backward()
         scaler.step(optimizer)
         scaler.update()
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) == overflow
+        still = all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert still == overflow or not step  # the first step of some moves nothing
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -498,12 +500,13 @@ def test_accelerate_prepares_every_rule() -> None:
         model = Weights()
         prepared = accelerator.prepare(made(key, model))
         scheduler = accelerator.prepare(torch.optim.lr_scheduler.ConstantLR(prepared.optimizer, factor=1.0))
-        with accelerator.accumulate(model):
-            accelerator.backward(model.loss())
-            before = model.large.detach().clone()
-            prepared.step()
-            scheduler.step()
-            prepared.zero_grad()
+        before = model.large.detach().clone()
+        for _ in range(2):  # the first step of some moves nothing
+            with accelerator.accumulate(model):
+                accelerator.backward(model.loss())
+                prepared.step()
+                scheduler.step()
+                prepared.zero_grad()
         assert not torch.equal(model.large, before) or key in ("lisa", "hft"), key
 
 

@@ -15,6 +15,7 @@ from plait.step.adagrad import AdaGrad, AdaGradNorm
 from plait.step.adam import AdaBelief, Adam, AdamW
 from plait.step.base import Rule
 from plait.step.dct import DCTAdam
+from plait.step.difference import MARS, Adan
 from plait.step.factored import Adafactor
 from plait.step.friction import DiffGrad
 from plait.step.gauss_newton import EGN
@@ -23,6 +24,7 @@ from plait.step.layerwise import LAMB, LARS
 from plait.step.low_rank import Fira, GaLore
 from plait.step.momentum import SGD, SGDW, Lion
 from plait.step.natural import NaturalGaLore
+from plait.step.normalized import ADOPT, LaProp
 from plait.step.orthogonal import Muon
 from plait.step.scale_invariant import SGDP, AdamP
 from plait.step.signed import NormalizedSGD, SignSGD
@@ -40,7 +42,7 @@ FIELDS: dict[type[Rule], dict[str, Any]] = {
     rule: {"lr": 0.02}
     for rule in (
         *(Adam, AdamW, AdaBelief, DiffGrad, AdamP, Adafactor, AdaGrad, AdaGradNorm, SGD, SGDW, SGDP, Lion, SignSGD),
-        *(NormalizedSGD, LAMB, LARS, EGN),
+        *(NormalizedSGD, LAMB, LARS, EGN, Adan, MARS, LaProp, ADOPT),
     )
 }
 FIELDS |= {rule: {"lr": 0.02, "rank": 2} for rule in (GaLore, Fira, NaturalGaLore, DCTAdam, GradNormLoRP)}
@@ -50,11 +52,11 @@ RULES = list(FIELDS)
 
 # What a rule has that its fellows have not; the rest is asked of all.
 BLIND_TO_SCALE = [Adam, AdamW, AdamP, AdaGrad, AdaGradNorm, Lion, SignSGD, NormalizedSGD, LAMB, LARS, Adafactor, Muon]
-BLIND_TO_SCALE += [LISA, HFT, GaLore, Fira, NaturalGaLore, DCTAdam, GradNormLoRP]
+BLIND_TO_SCALE += [LISA, HFT, GaLore, Fira, NaturalGaLore, DCTAdam, GradNormLoRP, Adan, LaProp, ADOPT]
 """c g in place of g, c > 0: the same steps, where eps and damping are 0 or beyond notice."""
 LINEAR = [SGD, SGDW, SGDP, EGN]
 """c g: c times the step, without decay; of EGN, what it makes of its solution."""
-ELEMENT_BY_ELEMENT = [Adam, AdamW, AdaBelief, DiffGrad, AdaGrad, SGD, SGDW, Lion, SignSGD, EGN]
+ELEMENT_BY_ELEMENT = [Adam, AdamW, AdaBelief, DiffGrad, AdaGrad, SGD, SGDW, Lion, SignSGD, EGN, Adan, LaProp, ADOPT]
 """An element's way depends on no other's."""
 TURNING = [GaLore, Fira, NaturalGaLore]
 """Q W under Q G, Q orthogonal on the side of fewer rows: Q times the steps, where P is found exactly."""
