@@ -63,11 +63,16 @@ def stream1(weight: Any, gradient: Any) -> tuple[Any, ...]:
 
 
 def stream4(weight: Any, gradient: Any, first: Any, second: Any, third: Any) -> tuple[Any, ...]:
-    """Read five arrays, write four: DiffGrad's traffic."""
+    """Read five arrays, write four: DiffGrad's traffic, and that of MARS without its norm."""
     return gradient, first + gradient, second + gradient, third + gradient
 
 
-STREAMS = (stream1, stream2, stream3, stream4)
+def stream5(weight: Any, gradient: Any, first: Any, second: Any, third: Any, fourth: Any) -> tuple[Any, ...]:
+    """Read six arrays, write five: Adan's traffic."""
+    return gradient, first + gradient, second + gradient, third + gradient, fourth + gradient
+
+
+STREAMS = (stream1, stream2, stream3, stream4, stream5)
 """By number of states."""
 
 
@@ -107,6 +112,10 @@ THEIRS = {
     "adabelief": "AdaBelief",
     "diffgrad": "DiffGrad",
     "adamp": "AdamP",
+    "adan": "Adan",
+    "adopt": "ADOPT",
+    "laprop": "LaProp",
+    "mars": "MARS",
     "sgd": "SGD",
     "sgdw": "SGDW",
     "lion": "Lion",
@@ -117,8 +126,8 @@ THEIRS = {
 }
 """Rules that kernels step, and their names in pytorch_optimizer; SGD stands there for torch's own."""
 MOMENTUM = {"sgd", "sgdw", "signsgd"}
-BY_NORM = {"lamb", "lars", "adamp"}
-"""Rules that read a weight once more, for its norms."""
+BY_NORM = {"lamb", "lars", "adamp", "mars"}
+"""Rules that read a weight, or its gradient, once more for a norm."""
 
 
 def contenders(weights: list[nn.Parameter], rule: str) -> dict[str, Any]:
@@ -132,6 +141,8 @@ def contenders(weights: list[nn.Parameter], rule: str) -> dict[str, Any]:
         made["torch fused"] = getattr(torch.optim, names[rule])(weights, lr=1e-6, fused=True, **more)
     if rule == "adamw":
         made["torch loop"] = torch.optim.AdamW(weights, lr=1e-6, foreach=False)
+    if rule == "mars":
+        more = {"optimize_1d": True}  # by the same rule for every shape
     if THEIRS[rule] and (theirs := peer("pytorch_optimizer", THEIRS[rule])) is not None:
         made["pytorch_optimizer"] = theirs(weights, lr=1e-6, **more)
     return made

@@ -30,7 +30,7 @@ OWN_LOOP = {"egn": "use it in plait.train", "riemannlora": "finds no trained low
 """Rules that do not step these weights, and what says so; the laws of pairs of factors are in test_fixed_rank.py."""
 KEYS = [key for key in RULES if key not in OWN_LOOP]
 ROUNDED = [key for key in KEYS if RULES[key].rounds()]
-EVERY_LAYOUT = ("adamw", "lion", "lamb")
+EVERY_LAYOUT = ("adamw", "lion", "lamb", "mars")
 """Rules that are tried with every kind of weights and states; others with float32 weights or float32 states."""
 PARTS = 2e-6
 """Kernels and the plain loop round float32 in another order: relative and absolute difference after five steps."""
@@ -139,7 +139,7 @@ def interpreted(wanted: dict[str, Any], shapes: Path = FOLDER) -> dict[str, list
 
 @pytest.mark.slow
 def test_triton_agrees_with_the_plain_loop() -> None:
-    """In Triton's interpreter: every rule as it is, and three rules in every layout."""
+    """In Triton's interpreter: every rule as it is, and some rules in every layout."""
     wanted = {key: [("float32", "float32")] for key in KEYS} | dict.fromkeys(EVERY_LAYOUT, ALL)
     found = interpreted(wanted)
     assert len(found) == sum(map(len, wanted.values()))
@@ -155,7 +155,7 @@ def test_triton_agrees_with_the_plain_loop() -> None:
             assert differ.double().mean() <= (0 if (dtype, states) == ALL[0] else FLIPPED), case
 
 
-FOR_CUDA = [*((key, Layout()) for key in KEYS), ("lamb", Layout("bfloat16", "8bit"))]
+FOR_CUDA = [*((key, Layout()) for key in KEYS), *((key, Layout("bfloat16", "8bit")) for key in ("lamb", "mars"))]
 
 
 @pytest.mark.parametrize(("key", "layout"), FOR_CUDA)

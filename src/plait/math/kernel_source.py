@@ -9,8 +9,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from plait.math.update_rule import FUNCTIONS, NORM, UpdateRule
@@ -84,6 +84,7 @@ NORM_LOOP = """
                 some += part * part
             total += some
         norm = float32(sqrt(total))
+{of_norm}
 """
 
 STASHED = """
@@ -119,17 +120,19 @@ ELEMENTS = """
 
 
 class Hoist(ast.NodeTransformer):
-    """Replace each largest expression that depends on scalars only by a name, and remember it."""
+    """Replace each largest expression that depends on scalars only, and on `through`, by a name, and remember it."""
 
-    def __init__(self, scalars: tuple[str, ...], prefix: str) -> None:
-        self.scalars, self.prefix, self.found = scalars, prefix, dict[str, str]()
+    def __init__(self, scalars: Iterable[str], prefix: str, through: str = "") -> None:
+        self.scalars, self.prefix, self.found = set(scalars), prefix, dict[str, str]()
+        self.through = {through} if through else set[str]()
 
     def visit(self, node: ast.AST) -> Any:
         """Return the node, or the name that stands for it."""
         if isinstance(node, ast.expr) and not isinstance(node, ast.Tuple):
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - set(FUNCTIONS)
             reads = isinstance(getattr(node, "ctx", ast.Load()), ast.Load)
-            if reads and names <= set(self.scalars) and not (isinstance(node, ast.Name) and node.id in FUNCTIONS):
+            known = self.through <= names <= self.scalars
+            if reads and known and not (isinstance(node, ast.Name) and node.id in FUNCTIONS):
                 return ast.Name(self.found.setdefault(ast.unparse(node), f"{self.prefix}{len(self.found)}"), ast.Load())
         return self.generic_visit(node)
 
@@ -146,28 +149,40 @@ def function(of: Callable[..., Any]) -> ast.FunctionDef:
     return found
 
 
-def elementwise(of: Callable[..., Any], name: str, prefix: str) -> tuple[str, dict[str, str]]:
-    """Return the text of `name(weight, gradient, *states, *constants)`, with the norm last where the function reads it,
-    and each constant's expression by the constant's name.
+@dataclass(frozen=True)
+class Elementwise:
+    """The text of a function (weight, gradient, *states, *constants, *of_norm), and the expressions of the latter two
+    by their names: constants depend on scalars only, `of_norm` on constants and the norm.
     """
+
+    text: str = ""
+    constants: dict[str, str] = field(default_factory=dict)
+    of_norm: dict[str, str] = field(default_factory=dict)
+
+
+def elementwise(of: Callable[..., Any], name: str, prefix: str) -> Elementwise:
+    """Take what does not change from element to element out of a rule's function."""
     text = function(of)
-    keywords = [a.arg for a in text.args.kwonlyargs]
-    hoist = Hoist(tuple(k for k in keywords if k != NORM), prefix)
-    text.body = [hoist.visit(statement) for statement in text.body]
-    constants = {name: expression for expression, name in hoist.found.items()}
-    text.args.args += [ast.arg(name) for name in (*constants, *([NORM] if NORM in keywords else []))]
+
+    def taken_out(hoist: Hoist) -> dict[str, str]:
+        text.body = [hoist.visit(statement) for statement in text.body]
+        return {name: expression for expression, name in hoist.found.items()}
+
+    constants = taken_out(Hoist((a.arg for a in text.args.kwonlyargs if a.arg != NORM), prefix))
+    of_norm = taken_out(Hoist((*constants, NORM), "of_norm", through=NORM))
+    text.args.args += [ast.arg(name) for name in (*constants, *of_norm)]
     text.args.kwonlyargs, text.args.kw_defaults, text.name = [], [], name
-    return ast.unparse(ast.fix_missing_locations(text)), constants
+    return Elementwise(ast.unparse(ast.fix_missing_locations(text)), constants, of_norm)
 
 
-def direction(rule: UpdateRule) -> tuple[str, dict[str, str]]:
-    """Return the text and the constants of a rule's direction."""
+def direction(rule: UpdateRule) -> Elementwise:
+    """Return the text of a rule's direction."""
     return elementwise(rule.direction, "direction", "constant")
 
 
-def normed(rule: UpdateRule) -> tuple[str, dict[str, str]]:
-    """Return the text and the constants of what a rule takes the norm of, empty where it takes none."""
-    return ("", {}) if rule.normed is None else elementwise(rule.normed, "normed", "inner")
+def normed(rule: UpdateRule) -> Elementwise:
+    """Return the text of what a rule takes the norm of, empty where it takes none."""
+    return Elementwise() if rule.normed is None else elementwise(rule.normed, "normed", "inner")
 
 
 def trust(rule: UpdateRule) -> tuple[str, list[str]]:
@@ -256,9 +271,13 @@ class Text:
         value = f"{self.read('weight')} - step * {direction}"
         return f"weight[i] = {f'narrowed({value})' if self.layout.weight == 'bfloat16' else value}"
 
-    def norm(self, elements: str) -> str:
-        """What finds the norm that the direction reads."""
-        return NORM_LOOP.format(loop=self.loop("0", "count"), elements=elements) if self.rule.normed else ""
+    def norm(self, elements: str, of_norm: dict[str, str]) -> str:
+        """What finds the norm that the direction reads, and what depends on it only."""
+        if self.rule.normed is None:
+            return ""
+        lines = [f"{name} = float32({expression})" for name, expression in of_norm.items()]
+        found = textwrap.indent("\n".join(lines), " " * 8)
+        return NORM_LOOP.format(loop=self.loop("0", "count"), elements=elements, of_norm=found)
 
     def norms(self, elements: str) -> str:
         """What multiplies the rate by the trust ratio."""
@@ -292,15 +311,14 @@ class Text:
 
 def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> str:
     """Return the Python text of a rule's kernel; `version` says of which functions."""
-    body, constants = direction(rule)
-    text = Text(rule, layout)
-    norm_text, inner = normed(rule)
-    texts = [body, *([norm_text] if norm_text else []), *([trust(rule)[0]] if rule.trust is not None else [])]
-    parts = [HEADER.format(name=name, version=version), *(f"\n@njit(**HOW)\n{each}\n" for each in texts)]
+    step, inner, text = direction(rule), normed(rule), Text(rule, layout)
+    functions = [step.text, inner.text, trust(rule)[0] if rule.trust is not None else ""]
+    parts = [HEADER.format(name=name, version=version)]
+    parts += [f"\n@njit(**HOW)\n{each}\n" for each in functions if each]
     reads = [text.read("weight"), f"scale * {text.read('gradient')}", *map(text.read, rule.states)]
-    elements = ", ".join([*reads, *constants, *([NORM] if norm_text else [])])
+    elements = ", ".join([*reads, *step.constants, *step.of_norm])
     numbers = [f"{s} = scalars[row, {3 + n}]" for n, s in enumerate(rule.scalars)]
-    numbers += [f"{name} = float32({expression})" for name, expression in (constants | inner).items()]
+    numbers += [f"{name} = float32({expression})" for name, expression in (step.constants | inner.constants).items()]
     numbers += [f"key{n} = hashed(key, {n})" for n in range((len(rule.states) + 1) // 2)]
     scratch = [f"{state} = empty(256, float32)" for state in rule.states] if layout.states == "8bit" else []
     scratch += ["random = empty(256, int32)"] if scratch else []
@@ -308,7 +326,7 @@ def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> st
     run = RUN.format(
         scratch=textwrap.indent("\n".join(scratch), " " * 4),
         numbers=textwrap.indent("\n".join(numbers), " " * 8),
-        norms=text.norm(", ".join([*reads, *inner])) + text.norms(elements),
+        norms=text.norm(", ".join([*reads, *inner.constants]), step.of_norm) + text.norms(elements),
         step=text.step(elements).strip("\n"),
     )
     return "\n".join([*parts, run])

@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from plait.math.kernel_source import Layout, direction, normed, trust
+from plait.math.kernel_source import Elementwise, Layout, direction, normed, trust
 from plait.math.kernels import load, unusable
 from plait.math.storage import BLOCK, scramble
 from plait.math.update_rule import UpdateRule
@@ -165,11 +165,14 @@ def _elements(rule: UpdateRule, constants: Iterable[str]) -> str:
     return ", ".join(["weight", "scale * gradient", *rule.states, *constants])
 
 
-def _call_text(rule: UpdateRule, constants: Iterable[str]) -> str:
+def _call_text(rule: UpdateRule, step: Elementwise) -> str:
     """The text that finds the direction and the new states."""
+    lines = [f"norm = {OF_TENSOR}"] if rule.normed else []
+    lines += [f"{name} = {expression}" for name, expression in step.of_norm.items()]
     names = ", ".join(f"new_{name}" for name in rule.states)
-    arguments = _elements(rule, [*constants, *([OF_TENSOR] if rule.normed else [])])
-    return f"    way, {names} = direction({arguments})" if names else f"    way = direction({arguments})[0]"
+    called = f"direction({_elements(rule, [*step.constants, *step.of_norm])})"
+    lines.append(f"way, {names} = {called}" if names else f"way = {called}[0]")
+    return textwrap.indent("\n".join(lines), " " * 4)
 
 
 def _store_text(rule: UpdateRule, layout: Layout, keys: int) -> str:
@@ -195,15 +198,14 @@ def _store_text(rule: UpdateRule, layout: Layout, keys: int) -> str:
 
 def source(rule: UpdateRule, name: str, layout: Layout) -> str:
     """Return the Python text of a rule's kernels. A row of numbers: rate, sign, constants, scalars of trust, keys."""
-    body, constants = direction(rule)
-    norm_text, inner = normed(rule)
-    every = constants | inner
-    load_text, call_text = _load_text(rule, layout, list(every)), _call_text(rule, constants)
+    step, inner = direction(rule), normed(rule)
+    constants = step.constants | inner.constants
+    load_text, call_text = _load_text(rule, layout, list(constants)), _call_text(rule, step)
     written, names = ("", list[str]()) if rule.trust is None else trust(rule)
-    places = [f"{n} = tl.load(numbers + row * NUMBERS + {2 + len(every) + i})" for i, n in enumerate(names)]
+    places = [f"{n} = tl.load(numbers + row * NUMBERS + {2 + len(constants) + i})" for i, n in enumerate(names)]
     whole = ""
     if rule.normed:
-        whole = NORM.format(normed=norm_text, load=load_text, elements=_elements(rule, inner))
+        whole = NORM.format(normed=inner.text, load=load_text, elements=_elements(rule, inner.constants))
     elif rule.trust:
         whole = TRUST.format(
             trust=written,
@@ -215,13 +217,13 @@ def source(rule: UpdateRule, name: str, layout: Layout) -> str:
     return TEXT.format(
         name=name,
         scalars=", ".join(rule.scalars),
-        expressions=", ".join([*every.values(), *names]),
-        direction=body,
+        expressions=", ".join([*constants.values(), *names]),
+        direction=step.text,
         whole=whole,
         load=load_text,
         call=call_text,
         ratio=f" * {OF_TENSOR}" if rule.trust else "",
-        store=_store_text(rule, layout, 2 + len(every) + len(names)),
+        store=_store_text(rule, layout, 2 + len(constants) + len(names)),
     )
 
 

@@ -153,7 +153,7 @@ class MARS(Rule):
         weight_decay: float,
     ) -> tuple[Any, ...]:
         """Return (direction, m, v, gradient)."""
-        clipped = (gradient + correction * (gradient - previous)) / maximum(norm, 1.0)
+        clipped = (1 / maximum(norm, 1.0)) * (gradient + correction * (gradient - previous))
         exp_avg = beta1 * exp_avg + (1 - beta1) * clipped
         exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * clipped * clipped
         step = (1 / correction1) * exp_avg / (sqrt((1 / correction2) * exp_avg_sq) + eps)
