@@ -151,6 +151,17 @@ def check_options(seed: int, device: str | None, **options: Any) -> None:
         ) from None
 
 
+def rows_of_batch(order: Tensor, number: int | None, size: int) -> Tensor:
+    """Return the rows of a batch of an order that is gone through again and again; all rows where there is no number.
+
+    >>> rows_of_batch(torch.tensor([2, 0, 1]), 1, 2)
+    tensor([1, 2])
+    """
+    if number is None:
+        return order
+    return order[torch.arange(number * size, (number + 1) * size)[: len(order)] % len(order)]
+
+
 def optimizer_for(methods: Sequence[Method], model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer of the one method that has one, or AdamW with its defaults."""
     named = [(name, p) for name, p in model.named_parameters() if trainable(name, p, p.requires_grad)]
@@ -273,10 +284,9 @@ class Engine:
         def evaluate(candidate: nn.Module) -> float:
             return self.evaluate(candidate, watched, loss or default_loss(watched), now, batch_size)
 
-        def validate(candidate: nn.Module, number: int) -> Tensor:
+        def validate(candidate: nn.Module, number: int | None) -> Tensor:
             order = torch.randperm(len(watched), generator=torch.Generator().manual_seed(self.seed + 104_729))
-            rows = torch.arange(number * batch_size, (number + 1) * batch_size)[: len(order)] % len(order)
-            batch = watched.batch(order[rows]).to(self.device)
+            batch = watched.batch(rows_of_batch(order, number, batch_size)).to(self.device)
             with evaluating(candidate):
                 misfit = (loss or default_loss(watched))(self.call(candidate, batch.inputs), batch.target, now)
             mean: Tensor = weighted_sum(misfit, batch.weight) / batch.mass().clamp_min(1e-12)

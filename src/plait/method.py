@@ -35,7 +35,7 @@ Predictor = Callable[[nn.Module, Any, "Now"], Tensor]
 """(model, inputs, now) -> probabilities [n, classes], or values for regression."""
 
 
-def _no_validation(model: nn.Module, number: int = 0) -> NoReturn:
+def _no_validation(model: nn.Module, number: int | None = 0) -> NoReturn:
     raise BadInput(
         "this needs a validation set: give one to plait.train (validation=...), to the recipe's data, or to "
         "transformers' Trainer (eval_dataset=...)."
@@ -89,8 +89,9 @@ class Now:
     """calibration(count) yields that many batches of training data, always the same ones."""
     evaluate: Callable[[nn.Module], float] = _no_validation
     """evaluate(model) -> mean misfit on the validation set; lower is better."""
-    validate: Callable[[nn.Module, int], Tensor] = _no_validation
-    """validate(model, n) -> mean misfit on the n-th batch of the validation set, to be differentiated."""
+    validate: Callable[[nn.Module, int | None], Tensor] = _no_validation
+    """validate(model, n) -> mean misfit on the n-th batch of the validation set, or on all of it where n is None, to be
+    differentiated."""
     examples: int = 0
     """How many examples the training set holds; 0 where it is not known."""
     methods: Sequence[Method] = ()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from plait.batch import IGNORE, Batch, weighted_sum
-from plait.engine import Engine, check, optimizer_for, prepared
+from plait.engine import Engine, check, optimizer_for, prepared, rows_of_batch
 from plait.errors import BadInput
 from plait.layers import evaluating
 from plait.loss.base import cross_entropy, squared_error
@@ -178,12 +178,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         total, mass = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
         return float(total / max(mass, 1e-12))
 
-    def _validated(self, model: nn.Module, number: int) -> Tensor:
-        """Return the mean misfit of a model on one batch of the evaluation set, to be differentiated."""
+    def _validated(self, model: nn.Module, number: int | None) -> Tensor:
+        """Return the mean misfit of a model on one batch of the evaluation set, or on all, to be differentiated."""
         loader = self.get_eval_dataloader()
         order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self.args.seed))
-        size = self.args.eval_batch_size
-        rows = order[torch.arange(number * size, (number + 1) * size)[: len(order)] % len(order)]
+        rows = rows_of_batch(order, number, self.args.eval_batch_size)
         batch = self._batch(loader.collate_fn([loader.dataset[int(row)] for row in rows]))
         with evaluating(model):
             misfit = self._misfit(self.now.call(model, batch.inputs), batch.target, self.now)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from plait.errors import BadInput, NonFinite
 
 Loss = Callable[..., Tensor]
 Tensors = Tensor | dict[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -214,3 +215,21 @@ def require_bounds(bounds: tuple[float, float] | None) -> None:
     """Refuse bounds that are not (low, high)."""
     if bounds is not None and not (is_pair(bounds) and bounds[0] < bounds[1]):
         raise BadInput(f"bounds must be (low, high) with low < high, not {bounds!r}.")
+
+
+def as_tensors(state: Any) -> dict[str, Tensor]:
+    """Return the fields of a loop's state as tensors, as a checkpoint holds them: numbers to the last digit.
+
+    >>> as_tensors(Bilevel(None, None, 0.1, [], 7, False, ""))["evaluations"]
+    tensor(7)
+    """
+    given = {f.name: getattr(state, f.name) for f in fields(state)}
+    numbers = {n: torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else None) for n, v in given.items()
+               if isinstance(v, bool | int | float)}  # fmt: skip
+    return {n: v for n, v in given.items() if isinstance(v, Tensor)} | numbers
+
+
+def from_tensors(kind: type[T], held: dict[str, Tensor]) -> T:
+    """Return a loop's state from what `as_tensors` made of it."""
+    values = {f.name: held[f.name] for f in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value if value.dim() else value.item() for name, value in values.items()})

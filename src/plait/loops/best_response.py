@@ -96,6 +96,7 @@ class STN(Tuner, Parametrize):
     True
     """
 
+    lr: Positive = 3e-3
     scale: Positive = 0.5
     tune_scale: bool = True
     entropy: NonNegative = 1e-3

@@ -2,45 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from plait.catalogue import paper
 from plait.errors import BadInput, did_you_mean
+from plait.fields import NonNegative, Positive
 from plait.loops.base import (
     Bilevel,
     Flat,
     Loss,
     Problem,
     Tensors,
+    as_tensors,
+    from_tensors,
     hypergradient_at,
     require_bounds,
 )
+from plait.loops.solving import SolvingTuner
+from plait.loops.tuning import FURTHEST
 from plait.math.transport import require_positive, require_whole
+from plait.method import method
 
 SCHEDULES = ("exponential", "quadratic", "cubic", "exact")
 SHRINK, EXACT, GROW = 0.9, 1e-8, 1.05
 
 
-def tolerances(schedule: str, first: float) -> Iterator[float]:
-    """Yield eps_1, eps_2, ...: first * 0.9^k, first / k^2 or first / k^3, all summable, or 1e-8 throughout.
+def tolerance_of(schedule: str, first: float, k: int) -> float:
+    """Return eps_k, k = 1, 2, ...: first * 0.9^(k - 1), first / k^2 or first / k^3, all summable, or 1e-8 throughout.
 
-    >>> quadratic = tolerances("quadratic", 0.09)
-    >>> [round(next(quadratic), 3) for _ in range(3)]
+    >>> [round(tolerance_of("quadratic", 0.09, k), 3) for k in (1, 2, 3)]
     [0.09, 0.022, 0.01]
     """
-    if schedule not in SCHEDULES:
-        raise BadInput(f"there is no schedule '{schedule}' of tolerances{did_you_mean(schedule, SCHEDULES)}.")
-    k = 0
-    while True:
-        k += 1
-        falling = {"exponential": SHRINK ** (k - 1), "quadratic": k**-2.0, "cubic": k**-3.0, "exact": 0.0}
-        yield max(first * falling[schedule], EXACT)
+    falling = {"exponential": SHRINK ** (k - 1), "quadratic": k**-2.0, "cubic": k**-3.0, "exact": 0.0}
+    return max(first * falling[schedule], EXACT)
 
 
-@paper("pedregosa2016hyperparameter", key="hoag", theme="bilevel")
+@dataclass(frozen=True)
+class Descent:
+    """Where HOAG stands beside (x, lambda), between two steps."""
+
+    q: Tensor
+    """The solution of the linear system."""
+    taken: int = 0
+    """How many steps were taken."""
+    alpha: float = 0.0
+    """The step size; 0 where it is not yet known."""
+    moved: float = 0.0
+    """How far lambda moved in the last step."""
+    value: float = math.inf
+    """The outer loss before that move, known up to `tolerance`."""
+    tolerance: float = 0.0
+    length: float = math.inf
+    """The hypergradient's norm."""
+    left: float = math.inf
+    """The norm of the projected hypergradient: how far a move by it would lead."""
+    convex: bool = True
+    """Whether every Hessian looked positive definite."""
+
+
+def next_step_size(state: Descent, value: float, eps: float, length: float) -> float:
+    """Return alpha, now that the outer loss is `value`, up to `eps`, and the hypergradient has that length."""
+    alpha = state.alpha or (1.0 / length if length else 1.0)
+    if not state.taken:
+        return alpha
+    open_to = (state.tolerance * (1 + state.moved) + eps) * abs(state.value)  # by what inexact losses may be off
+    expected = state.value + open_to - state.moved**2 / (2 * alpha)
+    return alpha * (GROW if value <= expected else 1.0 if value <= state.value else 0.5)
+
+
+def descend(
+    problem: Problem,
+    x: Tensor,
+    lam: Tensor,
+    state: Descent,
+    eps: float,
+    bounds: tuple[float, float],
+    iterations: int,
+) -> tuple[Tensor, Tensor, Descent]:
+    """Take one step of HOAG to the tolerance eps: return (x solved for lambda, the next lambda, the next state)."""
+    x = problem.solve(x, lam, eps, iterations)
+    gradient, q, value, convex = hypergradient_at(problem, x, lam, state.q, eps, iterations)
+    length = float(torch.linalg.vector_norm(gradient))
+    alpha = next_step_size(state, value, eps, length)
+    after = (lam - alpha * gradient).clamp(*bounds)
+    moved = float(torch.linalg.vector_norm(after - lam))
+    left = float(torch.linalg.vector_norm(lam - (lam - gradient).clamp(*bounds)))
+    convex = convex and state.convex
+    return x, after, Descent(q, state.taken + 1, alpha, moved, value, eps, length, left, convex)
+
+
 def hoag(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -83,59 +138,71 @@ def hoag(
     if step_size is not None:
         require_positive(step_size=step_size)
     require_bounds(bounds)
+    if schedule not in SCHEDULES:
+        raise BadInput(f"there is no schedule '{schedule}' of tolerances{did_you_mean(schedule, SCHEDULES)}.")
     problem = Problem(inner_loss, outer_loss, Flat(params, "params"), Flat(hyper, "hyper"))
-    epsilons = [eps for _, eps in zip(range(steps), tolerances(schedule, first_tolerance), strict=False)]
-    return _descend(problem, _StepSize(step_size), epsilons, tolerance, bounds or (-torch.inf, torch.inf), iterations)
-
-
-def _descend(
-    problem: Problem,
-    pace: _StepSize,
-    epsilons: list[float],
-    tolerance: float,
-    bounds: tuple[float, float],
-    iterations: int,
-) -> Bilevel:
-    """Run `hoag`, one step for each of the tolerances."""
-    x, lam = problem.params.start, problem.hyper.start.clamp(*bounds)
-    q, convex, converged, length = torch.zeros_like(x), True, False, torch.inf
+    box = bounds or (-math.inf, math.inf)
+    x, lam = problem.params.start, problem.hyper.start.clamp(*box)
+    state, converged = Descent(torch.zeros_like(x), alpha=step_size or 0.0), False
     history: list[dict[str, float]] = []
-    for eps in epsilons:
-        x = problem.solve(x, lam, eps, iterations)
-        gradient, q, value, positive = hypergradient_at(problem, x, lam, q, eps, iterations)
-        convex = convex and positive
-        length = float(torch.linalg.vector_norm(gradient))
-        alpha = pace.after(value, eps, length)
-        figures = {"outer": value, "tolerance": eps, "hypergradient": length, "step_size": alpha}
+    for k in range(1, steps + 1):
+        eps = tolerance_of(schedule, first_tolerance, k)
+        x, after, state = descend(problem, x, lam, state, eps, box, iterations)
+        figures = {"outer": state.value, "tolerance": eps, "hypergradient": state.length, "step_size": state.alpha}
         history.append({**figures, "evaluations": float(problem.evaluations)})
         # Only an accurate hypergradient can tell that there is nothing left to gain.
-        if float(torch.linalg.vector_norm(lam - (lam - gradient).clamp(*bounds))) <= tolerance:
-            converged = True
+        if converged := state.left <= tolerance:
             break
-        after = (lam - alpha * gradient).clamp(*bounds)
-        pace.moved, lam = float(torch.linalg.vector_norm(after - lam)), after
+        lam = after
     x = problem.solve(x, lam, min(eps, tolerance), iterations)
-    remedy = "" if converged else f"the hypergradient is {length:.2g} after {len(history)} steps: raise steps."
-    if not convex:
+    remedy = "" if converged else f"the hypergradient is {state.length:.2g} after {len(history)} steps: raise steps."
+    if not state.convex:
         remedy = "the inner loss is not convex where it was solved: add a term such as a small sum of squares to it."
-    return problem.found(x, lam, history, converged and convex, remedy)
+    return problem.found(x, lam, history, converged and state.convex, remedy)
 
 
-class _StepSize:
-    """alpha of `hoag`: it grows, stays or is halved by whether the outer loss fell as it should."""
+@paper("pedregosa2016hyperparameter", key="hoag", theme="bilevel")
+@method
+class HOAG(SolvingTuner):
+    """u <- u - alpha (grad_u F - J^T q), H q = grad_w F, at w with |grad_w f| <= eps_k, with H = d^2 f / dw^2 and
+    J = d^2 f / dw du of the training objective f, and the validation loss F: `hoag`, one step of it every so often.
 
-    def __init__(self, first: float | None) -> None:
-        self.alpha, self.moved = first, 0.0
-        self.before: tuple[float, float] | None = None
+    From step `warmup` on, after every `every` training steps: f is solved on the training data from the weights that
+    training has reached, by L-BFGS, to eps_k times its first gradient; the linear system is solved from its last
+    solution, by conjugate gradients, to eps_k; u and alpha move as `hoag` says; training goes on from the solution.
 
-    def after(self, value: float, eps: float, length: float) -> float:
-        """Return the step size, now that the outer loss is `value`, up to `eps`, after a step of length `moved`."""
-        if self.alpha is None:
-            self.alpha = 1.0 / length if length else 1.0
-        if self.before is not None:
-            before, eps_before = self.before
-            open_to = (eps_before * (1 + self.moved) + eps) * abs(before)  # by what the inexact losses may be off
-            expected = before + open_to - self.moved**2 / (2 * self.alpha)
-            self.alpha *= GROW if value <= expected else 1.0 if value <= before else 0.5
-        self.before = value, eps
-        return self.alpha
+    u are the raw numbers (logarithms, logits) of fields that are `Tuned`. f must be twice differentiable, and strongly
+    convex in the weights for the theory; where its Hessian is not positive the linear system is left as far as it was
+    solved, and "convex" is 0 in the figures. f must have a derivative in each number: strengths of penalties, label
+    smoothing and other terms of the loss; rates of dropout and noise are STN's. f is taken in evaluation mode, on the
+    data as they are, all of them or `batches` batches. schedule, first_tolerance: of eps_k. step_size: the first alpha;
+    0 makes the first step 1 long. Keeps q: one further copy of the trained weights. Raises BadInput without a
+    validation set, on several processes, beside constraints, for a number in which f has no derivative and for a model
+    that cannot be differentiated twice, NonFinite if the hypergradient is.
+
+    >>> from plait import train
+    >>> from plait.penalty.norm import L2
+    >>> from plait.schedule import Tuned
+    >>> from plait.step.adam import AdamW
+    >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    >>> data, tuner = (x, x.sum(1)), HOAG(warmup=20, every=10)
+    >>> methods = [L2(strength=Tuned(start=0.1)), tuner, AdamW(lr=0.03)]
+    >>> run = train(torch.nn.Linear(3, 1), data, methods=methods, validation=data, steps=60)
+    >>> run.measures[repr(tuner)][-1]["L2.strength"] < 0.05
+    True
+    """
+
+    schedule: Literal["exponential", "quadratic", "cubic", "exact"] = "exponential"
+    first_tolerance: Positive = 0.01
+    step_size: NonNegative = 0.0
+
+    reports: ClassVar[tuple[str, ...]] = ("value", "tolerance", "length", "alpha", "convex")
+
+    def iterate(self, problem: Problem, x: Tensor, lam: Tensor, memory: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Take one step of HOAG."""
+        begun = "q" in memory
+        state = from_tensors(Descent, memory) if begun else Descent(torch.zeros_like(x), alpha=self.step_size)
+        eps = tolerance_of(self.schedule, self.first_tolerance, state.taken + 1)
+        x, lam, state = descend(problem, x, lam, state, eps, (-FURTHEST, FURTHEST), self.iterations)
+        memory |= as_tensors(state)
+        return x, lam

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from plait.batch import weighted_sum
 from plait.catalogue import paper
-from plait.errors import BadInput, NonFinite
+from plait.errors import NonFinite
 from plait.fields import Count, Positive, Probability, ScheduledPositive, Size
-from plait.loops.tuning import FURTHEST, Tuner, knobs, set_numbers
-from plait.method import Method, Now, method
-from plait.passes import frozen_statistics
-from plait.sharding import world_size
-
-
-def objective(model: nn.Module, now: Now) -> Tensor:
-    """Return loss + penalties on `now.batch`, which can be differentiated twice; running statistics stay."""
-    batch, before = now.batch, now.output
-    with frozen_statistics(model), sdpa_kernel(SDPBackend.MATH):
-        now.output = now.call(model, batch.inputs)
-        misfit = now.misfit(now.output, batch.target, now)
-        value: Tensor = weighted_sum(misfit, batch.weight) / batch.mass().clamp_min(1e-12)
-        for m in now.methods:
-            value = value + m.penalty(model, now)
-    now.output = before
-    return value
+from plait.loops.tensors import objective
+from plait.loops.tuning import FURTHEST, DerivativeTuner, knobs, set_numbers
+from plait.method import Now, method
 
 
 @paper("hao2024bilevel", key="bo-rep", theme="bilevel")
 @method
-class BOREP(Tuner):
+class BOREP(DerivativeTuner):
     """z <- z - nu (H z - grad_w F), m <- beta m + (1 - beta) (grad_u F - J^T z), u <- u - lr m / |m|,
     with H = d^2 f / dw^2 and J = d^2 f / dw du of the training objective f, and the validation loss F.
 
@@ -59,25 +43,12 @@ class BOREP(Tuner):
     True
     """
 
-    lr: ScheduledPositive = 0.03  # type: ignore[assignment]
+    lr: ScheduledPositive = 0.03
     warmup: Size = 100
     momentum: Probability = 0.9
     linear_lr: Positive = 0.01
     lower_steps: Count = 3
     upper_steps: Count = 3
-
-    def initialize(self, model: nn.Module, now: Now) -> None:
-        """Refuse a run without a validation set, or of several processes."""
-        super().initialize(model, now)
-        if world_size() > 1:
-            raise BadInput("BOREP is not defined for several processes: run it on one, or tune with STN.")
-
-    def check(self, model: nn.Module, methods: list[Method]) -> None:
-        """Refuse a list in which nothing is to be tuned, or in which a penalty reads features of a pass."""
-        super().check(model, methods)
-        for m in methods:
-            if m.watches:
-                raise BadInput(f"BOREP does not see the features that {type(m).__name__} reads: tune with STN.")
 
     def tune(self, model: nn.Module, now: Now) -> None:
         """Move z, m and u, at the steps at which that is due."""
@@ -95,7 +66,8 @@ class BOREP(Tuner):
         set_numbers(now, found, raw, differentiable=True)
         value = objective(model, now)
         *slopes, direct = _gradients(value, [*weights, raw], again=True)
-        self._require_derivatives(direct, state, now)
+        if "momentum" not in state:
+            self.require_derivatives(direct, found)
         z = [state.setdefault(f"z {name}", torch.zeros_like(p)) for name, p in named]
         across = torch.stack([(slope * part).sum() for slope, part in zip(slopes, z, strict=True)]).sum()
         *products, cross = _gradients(across, [*weights, raw])
@@ -111,13 +83,6 @@ class BOREP(Tuner):
             )
         if length > 0:
             state["raw"] = (state["raw"] - now.at(self.lr) * momentum / length).clamp(-FURTHEST, FURTHEST)
-
-    def _require_derivatives(self, direct: Tensor, state: dict[str, Tensor], now: Now) -> None:
-        if "momentum" in state:
-            return
-        for knob in knobs(now.model, now.methods):
-            if not bool(direct[knob.rows].any()):
-                raise BadInput(f"the objective has no derivative in {knob.title}: tune it with STN in place of BOREP.")
 
 
 def _gradients(value: Tensor, inputs: list[Tensor], again: bool = False) -> list[Tensor]:

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from plait.batch import weighted_sum
+from plait.batch import Batch, weighted_sum
 from plait.engine import as_data, call_model, default_loss
 from plait.errors import BadInput
-from plait.loops.tuning import knobs, raw_start, set_numbers
+from plait.loops.tuning import Knob, knobs, raw_start, set_numbers
 from plait.method import Method, Now
+from plait.passes import frozen_statistics, rewind
 
 
-class _Objective(nn.Module):
-    """Loss + penalties of a model, as a module, so that its weights can be given from outside."""
+class _Wrapped(nn.Module):
+    """Values of a model, as a module, so that its weights can be given from outside."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -55,37 +57,85 @@ def bilevel_problem(
         )
     train, held = as_data(data), as_data(validation, "validation")
     whole, judged = (each.batch(torch.arange(len(each))) for each in (train, held))
-    now, wrapped = Now(model=model, methods=list(methods)), _Objective(model.eval())
-    now.misfit, now.batch, now.call = default_loss(train), whole, call_model
+    now = Now(model=model.eval(), methods=list(methods))
+    now.misfit, now.call = default_loss(train), call_model
     for m in methods:
         now.misfit = m.loss(now.misfit)
-
-    def objective(module: nn.Module) -> Tensor:
-        now.output = call_model(module, whole.inputs)
-        value: Tensor = weighted_sum(now.misfit(now.output, whole.target, now), whole.weight) / whole.mass()
-        for m in methods:
-            value = value + m.penalty(module, now)
-        return value
 
     def misfit(module: nn.Module) -> Tensor:
         output = call_model(module, judged.inputs)
         value: Tensor = weighted_sum(default_loss(held)(output, judged.target, now), judged.weight) / judged.mass()
         return value
 
+    start = [raw_start(knob.tuned) for knob in found for _ in range(knob.rows.stop - knob.rows.start)]
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return *losses(model, now, found, [whole], misfit), weights, torch.tensor(start)
+
+
+def losses(
+    model: nn.Module,
+    now: Now,
+    found: Sequence[Knob],
+    batches: Sequence[Batch],
+    misfit: Callable[[nn.Module], Tensor],
+) -> tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Tensor]]:
+    """Return the objective on batches as a function of (weights, raw numbers), and a misfit as one of weights.
+
+    weights: by name, in the model's place. Each pass draws the same random numbers, where it draws any.
+    """
+    wrapped, again = _Wrapped(model), rewind(now)
+
     def at(weights: dict[str, Tensor], value: Callable[[nn.Module], Tensor]) -> Tensor:
         # Penalties look for weights that are trained: those that the gradient is not asked of are made such.
         asked = {name: w if w.requires_grad else w.detach().requires_grad_() for name, w in weights.items()}
         named = {f"model.{name}": w for name, w in asked.items()}
         answer: Tensor = functional_call(wrapped, named, (value,))
+        again()
         return answer
 
     def inner(weights: dict[str, Tensor], raw: Tensor) -> Tensor:
         set_numbers(now, found, raw, differentiable=True)
-        return at(weights, objective)
+        return at(weights, lambda module: objective(module, now, batches))
 
-    start = [raw_start(knob.tuned) for knob in found for _ in range(knob.rows.stop - knob.rows.start)]
-    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    return inner, lambda weights: at(weights, misfit), weights, torch.tensor(start)
+    return inner, lambda weights: at(weights, misfit)
+
+
+def objective(model: nn.Module, now: Now, batches: Sequence[Batch] = ()) -> Tensor:
+    """Return loss + penalties on `now.batch`, or on several batches as one, which can be differentiated twice.
+
+    Running statistics stay. A penalty that reads the batch is averaged over several, as over micro-batches.
+    """
+    batch, output = now.batch, now.output
+    parts = batches or [batch]
+    mass = torch.stack([part.mass() for part in parts]).sum().clamp_min(1e-12)
+    examples, value = sum(map(len, parts)), torch.zeros((), device=mass.device)
+    with frozen_statistics(model), sdpa_kernel(SDPBackend.MATH):
+        for part in parts:
+            now.batch, now.output = part, now.call(model, part.inputs)
+            value = value + weighted_sum(now.misfit(now.output, part.target, now), part.weight) / mass
+            for m in now.methods:
+                value = value + len(part) / examples * m.penalty(model, now)
+    now.batch, now.output = batch, output
+    return value
+
+
+def training_batches(now: Now, count: int) -> list[Batch]:
+    """Return the first `count` batches of a run's training data; with 0 all of the data, each example once."""
+    if not count and not now.steps_per_epoch:
+        raise BadInput("how many training data there are is not known here: say how many batches to take (batches=4).")
+    whole = now.steps_per_epoch
+    every = not count or 0 < whole <= count
+    found = list(now.calibration(whole if every else count))
+    if every:  # the last one was filled up with examples of the first
+        found[-1] = found[-1].take(slice(0, now.examples - sum(map(len, found[:-1]))))
+    return found
+
+
+def validation_misfit(now: Now, count: int) -> Callable[[nn.Module], Tensor]:
+    """Return the mean misfit on the first `count` batches of a run's validation set, or on all of it, of a model."""
+    if not count:
+        return lambda model: now.validate(model, None)
+    return lambda model: torch.stack([now.validate(model, number) for number in range(count)]).mean()
 
 
 def _refuse_others(model: nn.Module, methods: Sequence[Method]) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from plait.batch import Batch
 from plait.errors import BadInput
-from plait.fields import Positive, Size
+from plait.fields import Size
 from plait.method import Method, Now, method
 from plait.schedule import Tuned
+from plait.sharding import world_size
 
 FURTHEST = 20.0
 """How far from 0 a raw number may go: beyond, links are flat in float32."""
@@ -100,11 +101,10 @@ def adam_step(state: dict[str, Tensor], name: str, gradient: Tensor, rate: float
 class Tuner(Method):
     """A method that learns the fields of other methods that are `Tuned`, on the validation set, as the model trains.
 
-    lr: the rate at which raw numbers move (logarithms of strengths, logits of rates). warmup: the steps before the
-    first of these moves. The numbers stand in the figures of `measure`.
+    What moves are raw numbers: logarithms of strengths, logits of rates. warmup: the steps before the first of these
+    moves. The numbers stand in the figures of `measure`.
     """
 
-    lr: Positive = 3e-3
     warmup: Size = 0
 
     tunes: ClassVar[bool] = True
@@ -163,3 +163,32 @@ class Tuner(Method):
         for m in methods[: methods.index(self)]:
             if type(m).batch is not Method.batch and knobs(model, [m]):
                 raise BadInput(f"{title} sets the numbers of {type(m).__name__} before it acts: put {title} first.")
+
+
+@method
+class DerivativeTuner(Tuner):
+    """A tuner that differentiates the objective itself in the numbers, outside of the step's own pass."""
+
+    def initialize(self, model: nn.Module, now: Now) -> None:
+        """Refuse a run without a validation set, or of several processes."""
+        super().initialize(model, now)
+        if world_size() > 1:
+            title = type(self).__name__
+            raise BadInput(f"{title} is not defined for several processes: run it on one, or tune with STN.")
+
+    def check(self, model: nn.Module, methods: list[Method]) -> None:
+        """Refuse a list in which nothing is to be tuned, or in which a penalty reads features of a pass."""
+        super().check(model, methods)
+        for m in methods:
+            if m.watches:
+                title = type(self).__name__
+                raise BadInput(f"{title} does not see the features that {type(m).__name__} reads: tune with STN.")
+
+    def require_derivatives(self, slope: Tensor, found: Sequence[Knob]) -> None:
+        """Refuse numbers in which the objective has no derivative, given its derivatives in all raw ones."""
+        for knob in found:
+            if not bool(slope[knob.rows].any()):
+                title = type(self).__name__
+                raise BadInput(
+                    f"the objective has no derivative in {knob.title}: tune it with STN in place of {title}."
+                )
