@@ -12,7 +12,7 @@ from torch import Tensor
 from plait.errors import BadInput, NonFinite
 from plait.loops.base import Flat, Problem
 from plait.loops.denoising import experts, field_of_experts, total_variation
-from plait.loops.inexact import _Descent, _State, error_bound, maid
+from plait.loops.inexact import Descent, State, error_bound, maid
 from plait.loops.proximal import lv_hba
 
 
@@ -69,8 +69,8 @@ def test_the_bound_is_the_theorems() -> None:
 def test_a_hypergradient_is_within_its_bound_and_points_down(at: float, accuracy: float) -> None:
     task, lam = Ridge(), torch.tensor([at], dtype=torch.float64)
     problem = Problem(task.inner, task.outer, Flat(task.start, "params"), Flat(lam[0], "hyper"))
-    descent = _Descent(problem, task.convexity, task.smoothness, 1e-4, 1000)
-    state = _State(task.start, lam, torch.zeros(10).double(), accuracy, accuracy, 1.0, torch.ones(1).double())
+    descent = Descent(problem, task.convexity, task.smoothness, 1e-4, 1000)
+    state = State(task.start, lam, torch.zeros(10).double(), accuracy, accuracy, 1.0, torch.ones(1).double())
     z, exact = float(descent.hypergradient(state, 1e-12)), task.gradient(lam[0])
     assert abs(z - exact) <= state.error
     assert state.error <= (1 - 1e-4) * abs(z)

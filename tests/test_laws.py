@@ -108,6 +108,12 @@ CASES: dict[str, Case] = {
     "agvm": Case({"every": 1, "momentum": 0.5}),  # laws count the calls of a step that compares halves
     "dropout": Case({"rate": 0.3}),  # the model's own rate is the default
     "bo-rep": Case({"warmup": 1, "lower_steps": 1}, TO_TUNE, without=(("l2", {}),)),
+    "hoag": Case({"warmup": 1, "every": 1, "iterations": 3}, TO_TUNE, without=(("l2", {}),)),
+    "maid": Case(
+        {"warmup": 1, "every": 1, "iterations": 3, "budget": 20, "convexity": 1.0, "smoothness": 1.0},
+        TO_TUNE,
+        without=(("l2", {}),),
+    ),
     "stn": Case({"lr": 0.1}, TO_TUNE, without=(("l2", {}),)),
     "riemannlora": Case({"lr": 0.02}, LORA),
     "riemannlora-start": Case(partners=LORA),

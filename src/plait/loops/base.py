@@ -220,13 +220,17 @@ def require_bounds(bounds: tuple[float, float] | None) -> None:
 def as_tensors(state: Any) -> dict[str, Tensor]:
     """Return the fields of a loop's state as tensors, as a checkpoint holds them: numbers to the last digit.
 
-    >>> as_tensors(Bilevel(None, None, 0.1, [], 7, False, ""))["evaluations"]
-    tensor(7)
+    >>> from plait.loops.hypergradient import Descent
+    >>> as_tensors(Descent(torch.zeros(2), taken=3))["taken"]
+    tensor(3)
     """
-    given = {f.name: getattr(state, f.name) for f in fields(state)}
-    numbers = {n: torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else None) for n, v in given.items()
-               if isinstance(v, bool | int | float)}  # fmt: skip
-    return {n: v for n, v in given.items() if isinstance(v, Tensor)} | numbers
+
+    def tensor(value: Any) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+
+    return {f.name: tensor(getattr(state, f.name)) for f in fields(state)}
 
 
 def from_tensors(kind: type[T], held: dict[str, Tensor]) -> T:

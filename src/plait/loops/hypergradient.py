@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from plait.loops.base import (
     require_bounds,
 )
 from plait.loops.solving import SolvingTuner
-from plait.loops.tuning import FURTHEST
 from plait.math.transport import require_positive, require_whole
 from plait.method import method
 
@@ -81,7 +80,7 @@ def descend(
     lam: Tensor,
     state: Descent,
     eps: float,
-    bounds: tuple[float, float],
+    bounds: tuple[Any, Any],
     iterations: int,
 ) -> tuple[Tensor, Tensor, Descent]:
     """Take one step of HOAG to the tolerance eps: return (x solved for lambda, the next lambda, the next state)."""
@@ -176,7 +175,9 @@ class HOAG(SolvingTuner):
     solved, and "convex" is 0 in the figures. f must have a derivative in each number: strengths of penalties, label
     smoothing and other terms of the loss; rates of dropout and noise are STN's. f is taken in evaluation mode, on the
     data as they are, all of them or `batches` batches. schedule, first_tolerance: of eps_k. step_size: the first alpha;
-    0 makes the first step 1 long. Keeps q: one further copy of the trained weights. Raises BadInput without a
+    0 makes the first step 1 long. reach: how far a raw number may go from its start; 7 is a factor of 1100 of a
+    strength (without an end, a step from where F is flat may lead where it is flat too). iterations: of one solve, and
+    of one linear system, at most. Keeps q: one further copy of the trained weights. Raises BadInput without a
     validation set, on several processes, beside constraints, for a number in which f has no derivative and for a model
     that cannot be differentiated twice, NonFinite if the hypergradient is.
 
@@ -195,14 +196,17 @@ class HOAG(SolvingTuner):
     schedule: Literal["exponential", "quadratic", "cubic", "exact"] = "exponential"
     first_tolerance: Positive = 0.01
     step_size: NonNegative = 0.0
+    reach: Positive = 7.0
 
     reports: ClassVar[tuple[str, ...]] = ("value", "tolerance", "length", "alpha", "convex")
 
     def iterate(self, problem: Problem, x: Tensor, lam: Tensor, memory: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Take one step of HOAG."""
-        begun = "q" in memory
-        state = from_tensors(Descent, memory) if begun else Descent(torch.zeros_like(x), alpha=self.step_size)
+        if "start" not in memory:
+            memory |= {"start": lam} | as_tensors(Descent(torch.zeros_like(x), alpha=self.step_size))
+        state = from_tensors(Descent, memory | {"q": memory["q"].to(x)})  # a checkpoint comes back on the processor
         eps = tolerance_of(self.schedule, self.first_tolerance, state.taken + 1)
-        x, lam, state = descend(problem, x, lam, state, eps, (-FURTHEST, FURTHEST), self.iterations)
+        box = memory["start"] - self.reach, memory["start"] + self.reach
+        x, lam, state = descend(problem, x, lam, state, eps, box, self.iterations)
         memory |= as_tensors(state)
         return x, lam

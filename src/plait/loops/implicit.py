@@ -68,6 +68,7 @@ class BOREP(DerivativeTuner):
         *slopes, direct = _gradients(value, [*weights, raw], again=True)
         if "momentum" not in state:
             self.require_derivatives(direct, found)
+            self.require_second_derivatives(torch.stack([slope.sum() for slope in slopes]).sum())
         z = [state.setdefault(f"z {name}", torch.zeros_like(p)) for name, p in named]
         across = torch.stack([(slope * part).sum() for slope, part in zip(slopes, z, strict=True)]).sum()
         *products, cross = _gradients(across, [*weights, raw])

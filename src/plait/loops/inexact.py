@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from plait.catalogue import paper
 from plait.errors import BadInput, NonFinite
+from plait.fields import Count, Positive, Probability
 from plait.loops.base import (
     Bilevel,
     Flat,
     Loss,
     Problem,
     Tensors,
+    as_tensors,
     conjugate_gradients,
+    from_tensors,
 )
+from plait.loops.solving import SolvingTuner
+from plait.loops.tuning import FURTHEST
 from plait.math.transport import require_positive, require_whole
+from plait.method import method
 
 BACKTRACK, SHRINK, GROW, LENGTHEN = 0.9, 0.5, 1.05, 10 / 9
 """Factors of the step size that is refused, of the accuracy, up and down, and of the step size that was taken."""
@@ -54,7 +61,7 @@ def error_bound(
 
 
 @dataclass
-class _State:
+class State:
     """Where the descent is: x and hyperparameters, the linear system's solution, accuracies, and what is known."""
 
     x: Tensor
@@ -72,15 +79,27 @@ class _State:
     """How many hypergradients were formed."""
     stalled: bool = False
     """Whether the inner problem could not be solved to the accuracy that was asked for."""
+    length: float = torch.inf
+    """The hypergradient's norm."""
+    taken: float = 0.0
+    """The last step size; 0 where no step was taken."""
+    converged: bool = False
+    """Whether the hypergradient and its error together were at most the tolerance."""
 
 
-class _Descent:
+def start_of(x: Tensor, lam: Tensor, accuracy: float, step_size: float) -> State:
+    """Return where the descent begins."""
+    across = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1)).to(lam)
+    across = across / torch.linalg.vector_norm(across)
+    return State(x, lam, torch.zeros_like(x), accuracy, accuracy, step_size, across)
+
+
+class Descent:
     """The pieces of MAID: an inexact hypergradient with its bound, and a line search among inexact losses."""
 
     def __init__(self, problem: Problem, convexity: float, smoothness: float, margin: float, iterations: int) -> None:
         self.problem, self.mu, self.smoothness = problem, convexity, smoothness
         self.margin, self.iterations = margin, iterations
-        self.generator = torch.Generator().manual_seed(0)
 
     def outer(self, x: Tensor, lam: Tensor) -> tuple[float, Tensor]:
         """Return (g(x), grad g(x))."""
@@ -107,7 +126,7 @@ class _Descent:
         (crossed,) = torch.autograd.grad(slope, lam, q, allow_unused=True, materialize_grads=True)
         return q, crossed
 
-    def cross_norm(self, state: _State) -> float:
+    def cross_norm(self, state: State) -> float:
         """Return |J| by two steps of the power method, from where the last ones ended."""
         x, lam = state.x.clone().requires_grad_(), state.lam.clone().requires_grad_()
         u = torch.zeros_like(x, requires_grad=True)
@@ -123,9 +142,9 @@ class _Descent:
             state.across = again / torch.linalg.vector_norm(again).clamp_min(1e-30)
         return length
 
-    def changes(self, state: _State, slope: Tensor, crossed: Tensor) -> None:
+    def changes(self, state: State, slope: Tensor, crossed: Tensor) -> None:
         """Raise the estimates of the Lipschitz constants by a difference, over eps in a random direction."""
-        drawn = torch.randn(state.x.shape, generator=self.generator).to(state.x)
+        drawn = torch.randn(state.x.shape, generator=torch.Generator().manual_seed(state.asked)).to(state.x)
         near = state.x + state.epsilon * drawn / torch.linalg.vector_norm(drawn)
         q, _ = self.linear(near, state.lam, slope, state.q, state.delta)
         x, lam = near.requires_grad_(), state.lam.clone().requires_grad_()
@@ -137,7 +156,7 @@ class _Descent:
         state.inverse_change = max(state.inverse_change, off[0] / max(off[2] * state.epsilon, 1e-30))
         state.cross_change = max(state.cross_change, off[1] / max(off[3] * state.epsilon, 1e-30))
 
-    def hypergradient(self, state: _State, tolerance: float) -> Tensor:
+    def hypergradient(self, state: State, tolerance: float) -> Tensor:
         """Return z = -J^T q, refined until its error is at most (1 - margin) |z|; stop where |z| is below tolerance."""
         for _ in range(REFINED):
             state.x = self.problem.descend(state.x, state.lam, state.epsilon * self.mu, self.iterations)
@@ -166,12 +185,16 @@ class _Descent:
             state.epsilon, state.delta = SHRINK * state.epsilon, SHRINK * state.delta
         return -crossed
 
-    def spent(self, state: _State) -> bool:
+    def spent(self, state: State) -> bool:
         """Say whether x cannot be told to a higher accuracy in its precision, or was not found to the one asked for."""
-        size = max(float(torch.linalg.vector_norm(state.x)), 1.0)
-        return state.stalled or state.epsilon < 8 * torch.finfo(state.x.dtype).eps * size
+        return state.stalled or self.finest(state)
 
-    def line_search(self, state: _State, z: Tensor, sizes: int) -> tuple[Tensor, Tensor, float] | None:
+    def finest(self, state: State) -> bool:
+        """Say whether x cannot be told to a higher accuracy in its precision."""
+        size = max(float(torch.linalg.vector_norm(state.x)), 1.0)
+        return state.epsilon < 8 * torch.finfo(state.x.dtype).eps * size
+
+    def line_search(self, state: State, z: Tensor, sizes: int) -> tuple[Tensor, Tensor, float] | None:
         """Return (x, hyperparameters, step size) at which the outer loss has certainly fallen, or None."""
         value, slope = self.outer(state.x, state.lam)
         least = value - float(torch.linalg.vector_norm(slope)) * state.epsilon
@@ -187,8 +210,29 @@ class _Descent:
                 return x, lam, alpha
         return None
 
+    def step(self, state: State, tolerance: float, budget: int) -> tuple[float, float]:
+        """Move the state by one step, or make it more accurate where none is certain; return its eps and outer loss.
 
-@paper("salehi2025adaptively", key="maid", theme="bilevel")
+        Once the budget of evaluations is spent, accuracy is raised no further.
+        """
+        failures, found = 0, None
+        while True:
+            z = self.hypergradient(state, tolerance)
+            state.length = float(torch.linalg.vector_norm(z))
+            state.converged = state.length + state.error <= tolerance
+            found = None if state.converged else self.line_search(state, z, SEARCHED + failures)
+            if state.converged or found is not None or self.spent(state) or self.problem.evaluations >= budget:
+                break
+            state.epsilon, state.delta, failures = SHRINK * state.epsilon, SHRINK * state.delta, failures + 1
+        epsilon, (outer, _) = state.epsilon, self.outer(state.x, state.lam)
+        state.taken = 0.0
+        if found is not None:
+            state.x, state.lam, state.taken = found
+            state.alpha = LENGTHEN * state.taken
+            state.epsilon, state.delta = GROW * state.epsilon, GROW * state.delta
+        return epsilon, outer
+
+
 def maid(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -237,40 +281,84 @@ def maid(
     problem = Problem(inner_loss, outer_loss, Flat(params, "params"), Flat(hyper, "hyper"))
     if not problem.alone:
         raise BadInput("maid's outer_loss must be a function of params alone: its certificate covers no other.")
-    start = problem.hyper.start
-    across = torch.randn(start.shape, generator=torch.Generator().manual_seed(1)).to(start)
-    x, unit = problem.params.start, across / torch.linalg.vector_norm(across)
-    state = _State(x, start, torch.zeros_like(x), accuracy, accuracy, step_size, unit)
-    return _descend(_Descent(problem, convexity, smoothness, margin, iterations), state, steps, tolerance, budget)
-
-
-def _descend(descent: _Descent, state: _State, steps: int, tolerance: float, budget: int) -> Bilevel:
-    """Run `maid` from a state."""
-    problem, history, remedy, converged = descent.problem, list[dict[str, float]](), "", False
+    descent = Descent(problem, convexity, smoothness, margin, iterations)
+    state = start_of(problem.params.start, problem.hyper.start, accuracy, step_size)
+    history, remedy = list[dict[str, float]](), ""
     for _ in range(steps):
-        taken, failures = None, 0
-        while True:
-            z = descent.hypergradient(state, tolerance)
-            length = float(torch.linalg.vector_norm(z))
-            converged = length + state.error <= tolerance
-            taken = None if converged else descent.line_search(state, z, SEARCHED + failures)
-            if converged or taken is not None or descent.spent(state) or problem.evaluations >= budget:
-                break
-            state.epsilon, state.delta, failures = SHRINK * state.epsilon, SHRINK * state.delta, failures + 1
-        outer, _ = descent.outer(state.x, state.lam)
-        figures = {"outer": outer, "epsilon": state.epsilon, "hypergradient": length, "error": state.error}
-        history.append({**figures, "step_size": taken[2] if taken else 0.0, "evaluations": float(problem.evaluations)})
-        if converged:
+        epsilon, outer = descent.step(state, tolerance, budget)
+        figures = {"outer": outer, "epsilon": epsilon, "hypergradient": state.length, "error": state.error}
+        history.append({**figures, "step_size": state.taken, "evaluations": float(problem.evaluations)})
+        if state.converged:
             break
-        if taken is None and descent.spent(state):
+        if not state.taken and descent.spent(state):
             remedy = "the inner problem cannot be solved more accurately: give tensors of float64, or raise iterations."
             break
-        if taken is not None:
-            state.x, state.lam, alpha = taken
-            state.alpha, state.epsilon, state.delta = LENGTHEN * alpha, GROW * state.epsilon, GROW * state.delta
         if problem.evaluations >= budget:
             remedy = "the budget was spent: raise budget."
             break
-    if not converged and not remedy:
+    if not state.converged and not remedy:
         remedy = f"the hypergradient is {history[-1]['hypergradient']:.2g} after {len(history)} steps: raise steps."
-    return problem.found(state.x, state.lam, history, converged, remedy)
+    return problem.found(state.x, state.lam, history, state.converged, remedy)
+
+
+@paper("salehi2025adaptively", key="maid", theme="bilevel")
+@method
+class MAID(SolvingTuner):
+    """u <- u - alpha z, z = -J^T q, |H q - grad_w F| <= delta, |grad_w f| / mu <= eps, with H = d^2 f / dw^2 and
+    J = d^2 f / dw du of the training objective f, and the validation loss F: `maid`, one step of it every so often.
+
+    From step `warmup` on, after every `every` training steps: f is solved on the training data from the weights that
+    training has reached, no more accurately than it takes for -z to descend for certain; alpha is the largest at which
+    F has certainly fallen, and eps, delta and alpha go on from one time to the next. Training goes on from the solution
+    at the new numbers. Where no step is certain the numbers stay ("taken" is 0 in the figures), for good where eps has
+    come to the precision of the weights.
+
+    u are the raw numbers (logarithms, logits) of fields that are `Tuned`: strengths of penalties, label smoothing and
+    other terms of the loss; rates of dropout and noise are STN's. The certificate is of an f that is mu-strongly convex
+    in the weights, convexity = mu: the least strength of an L2 of all of them, Tuned(low=mu), beside a convex loss. It
+    is of a convex F with an L-Lipschitz gradient, smoothness = L: for softmax regression half the largest eigenvalue of
+    X^T X / n. Of other models both numbers are wishes, and the method a line search. accuracy, step_size: the first
+    eps and alpha. margin: in [0, 1). tolerance: of |z| and its error, together, at which nothing is left to gain.
+    budget: gradients and products of one time, after which it becomes no more accurate. f is taken in evaluation mode,
+    on the data as they are, all of them or `batches` batches. Keeps q: one further copy of the trained weights. Raises
+    BadInput without a validation set, on several processes, beside constraints, for a number in which f has no
+    derivative and for a model that cannot be differentiated twice, NonFinite if the hypergradient is.
+
+    >>> from plait import train
+    >>> from plait.penalty.norm import L2
+    >>> from plait.schedule import Tuned
+    >>> from plait.step.adam import AdamW
+    >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    >>> data, tuner = (x, x.sum(1)), MAID(convexity=1.0, smoothness=4.0, step_size=10.0, warmup=20)
+    >>> methods = [L2(strength=Tuned(start=1.0)), tuner, AdamW(lr=0.03)]
+    >>> run = train(torch.nn.Linear(3, 1), data, methods=methods, validation=data, steps=80)
+    >>> run.measures[repr(tuner)][-1]["L2.strength"] < 0.05
+    True
+    """
+
+    convexity: Positive
+    smoothness: Positive
+    accuracy: Positive = 0.1
+    step_size: Positive = 1.0
+    margin: Probability = 1e-4
+    tolerance: Positive = 1e-6
+    budget: Count = 1000
+
+    reports: ClassVar[tuple[str, ...]] = ("epsilon", "error", "length", "taken")
+
+    def iterate(self, problem: Problem, x: Tensor, lam: Tensor, memory: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Take one step of MAID."""
+        if "q" not in memory:
+            memory |= _kept(start_of(x, lam, self.accuracy, self.step_size))
+        state = from_tensors(State, memory | {"x": x, "lam": lam, "q": memory["q"].to(x)})
+        descent = Descent(problem, self.convexity, self.smoothness, self.margin, self.iterations)
+        if descent.finest(state):
+            return x, lam
+        descent.step(state, self.tolerance, problem.evaluations + self.budget)
+        memory |= _kept(state)
+        return state.x, state.lam.clamp(-FURTHEST, FURTHEST)
+
+
+def _kept(state: State) -> dict[str, Tensor]:
+    """Return what a run must remember of a state: all but the weights and numbers, which it has."""
+    return {name: tensor for name, tensor in as_tensors(state).items() if name not in ("x", "lam")}

@@ -55,7 +55,7 @@ class SolvingTuner(DerivativeTuner):
             if "evaluations" in memory:
                 problem.evaluations, problem.scale = int(memory["evaluations"]), float(memory["scale"])
             else:
-                self._require_derivatives(problem, x, memory["raw"], found)
+                self._look(problem, x, memory["raw"], found)
             x, raw = self.iterate(problem, x, memory["raw"], memory)
         memory["raw"] = raw.clamp(-FURTHEST, FURTHEST)
         memory["evaluations"] = torch.tensor(problem.evaluations)
@@ -64,12 +64,14 @@ class SolvingTuner(DerivativeTuner):
             for name, value in problem.params.back(x).items():
                 trained[name].copy_(value)
 
-    def _require_derivatives(self, problem: Problem, x: Tensor, lam: Tensor, found: list[Knob]) -> None:
-        """Refuse numbers in which the objective has no derivative."""
-        lam = lam.clone().requires_grad_()
-        value = problem.inner(x, lam)
-        slope = torch.autograd.grad(value, lam, allow_unused=True)[0] if value.requires_grad else None
-        self.require_derivatives(torch.zeros_like(lam) if slope is None else slope, found)
+    def _look(self, problem: Problem, x: Tensor, lam: Tensor, found: list[Knob]) -> None:
+        """Refuse numbers in which the objective has no derivative, and models without second derivatives."""
+        x, lam = x.clone().requires_grad_(), lam.clone().requires_grad_()
+        slope, direct = torch.autograd.grad(
+            problem.inner(x, lam), (x, lam), create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        self.require_derivatives(direct, found)
+        self.require_second_derivatives(slope)
 
     def measure(self, model: nn.Module, now: Now) -> dict[str, Any]:
         """Return the tuned numbers by name, how the last iteration went, and what all of them cost.
@@ -97,8 +99,8 @@ def second_derivatives(title: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as problem:
-        if not any(sign in str(problem) for sign in ("differentiate twice", "derivative for")):
+        if "derivative for" not in str(problem):  # torch says for which of its functions
             raise
         raise BadInput(
-            f"{title} needs second derivatives, which a part of the model does not have ({problem}): tune with STN."
+            f"{title} needs second derivatives, and a part of the model has none ({problem}): tune with STN."
         ) from None

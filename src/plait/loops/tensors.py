@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from plait.batch import Batch, weighted_sum
 from plait.engine import as_data, call_model, default_loss
 from plait.errors import BadInput
-from plait.loops.tuning import Knob, knobs, raw_start, set_numbers
+from plait.loops.tuning import Knob, knobs, raw_starts, set_numbers
 from plait.method import Method, Now
 from plait.passes import frozen_statistics, rewind
 
@@ -67,9 +67,8 @@ def bilevel_problem(
         value: Tensor = weighted_sum(default_loss(held)(output, judged.target, now), judged.weight) / judged.mass()
         return value
 
-    start = [raw_start(knob.tuned) for knob in found for _ in range(knob.rows.stop - knob.rows.start)]
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    return *losses(model, now, found, [whole], misfit), weights, torch.tensor(start)
+    return *losses(model, now, found, [whole], misfit), weights, raw_starts(found)
 
 
 def losses(

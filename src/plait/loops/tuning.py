@@ -76,6 +76,11 @@ def layers_of(m: Method, name: str, model: nn.Module) -> int:
     return len(list(targets(model)))
 
 
+def raw_starts(found: Sequence[Knob]) -> Tensor:
+    """Return all raw numbers, as they start."""
+    return torch.tensor([raw_start(knob.tuned) for knob in found for _ in range(knob.rows.stop - knob.rows.start)])
+
+
 def set_numbers(now: Now, found: Sequence[Knob], raw: Tensor, *, differentiable: bool = False) -> None:
     """Make `now.at` return the numbers that the raw ones stand for; as tensors if the objective is differentiated."""
     for knob in found:
@@ -113,8 +118,7 @@ class Tuner(Method):
         """Return the memory; "raw" holds all raw numbers."""
         state = now.of(self)
         if "raw" not in state:
-            each = [[raw_start(k.tuned)] * (k.rows.stop - k.rows.start) for k in knobs(model, now.methods)]
-            state["raw"] = torch.tensor([number for numbers in each for number in numbers])
+            state["raw"] = raw_starts(knobs(model, now.methods))
         return state
 
     def validation_batch(self, state: dict[str, Tensor]) -> int:
@@ -192,3 +196,20 @@ class DerivativeTuner(Tuner):
                 raise BadInput(
                     f"the objective has no derivative in {knob.title}: tune it with STN in place of {title}."
                 )
+
+    def require_second_derivatives(self, slope: Tensor) -> None:
+        """Refuse a model with a part that can be differentiated only once, given a gradient with its graph.
+
+        Autograd would leave that part out of the second derivatives without a word.
+        """
+        seen: set[Any] = set()
+        ahead = [slope.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is None or node in seen:
+                continue
+            if node.name() == "torch::autograd::Error":
+                title = type(self).__name__
+                raise BadInput(f"{title} needs second derivatives, and a part of the model has none: tune with STN.")
+            seen.add(node)
+            ahead += [each for each, _ in node.next_functions]
