@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from laws import made
 from plait import catalogue
-from plait.errors import BadInput
+from plait.errors import BadInput, NonFinite
 from plait.initialize.weight_svd import PiSSA
 from plait.method import Method, Now
 from plait.parametrize.base import Parametrize, stack
@@ -188,6 +188,28 @@ def test_a_base_on_the_meta_device(key: str) -> None:
     assert str(caught.value) == (
         f"the weight of 'body' is on the meta device: load the model's weights before {title}."
     )
+
+
+@every_adapter
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite(key: str, odd: float) -> None:
+    """What decomposes it says so; what does not attaches, and training says it."""
+    model = Net()
+    with torch.no_grad():
+        model.body.weight[1, 2] = odd
+    said = ""
+    try:
+        for method in adapter(key):
+            method.parametrize(model)
+    except (BadInput, NonFinite) as refused:
+        said = str(refused)
+    assert bool(said) == (not any(stack(layer) for layer in model.modules()))
+    if said:
+        assert (
+            "'body' that is NaN or infinite: mend what it comes" in said or "that is to be quantized holds NaN" in said
+        )
+        assert said.endswith(".")
+        assert not any(stack(layer) for layer in model.modules())
 
 
 @every_adapter

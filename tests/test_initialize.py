@@ -15,8 +15,9 @@ from plait import BadInput, Batch, DoRA, LoRA, NonFinite, Now, train
 from plait.engine import Engine, check
 from plait.initialize.activation_svd import EVA, input_rows
 from plait.initialize.base import Start, to_plain_lora
+from plait.initialize.factor import RandomFactor
 from plait.initialize.full_step import LoRASB
-from plait.initialize.gradient_svd import GradientStart, LoRAGA, LoRAOne
+from plait.initialize.gradient_svd import GradientStart, LocallyOptimal, LoRAGA, LoRAOne
 from plait.initialize.orthonormal import OLoRA
 from plait.initialize.weight_svd import PiSSA
 from plait.math.packed import numbers
@@ -303,6 +304,43 @@ def test_an_adapter_that_holds_a_part_of_the_weight_is_not_started_again(start: 
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
+LEARNED = r"^{} would start the adapter of '0' a second time, and what it has learned would be lost: drop"
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("start", [EVA(), LoRAOne(), RandomFactor(), LocallyOptimal(), LoRASB()], ids=lambda s: s.key)
+def test_an_adapter_that_training_went_on_from_is_not_started_again(start: Start, saved: bool) -> None:
+    """Starts that leave the weight as it is leave a record too, which a state dict holds."""
+    data, adapter = (drawn(16, 8), torch.arange(16) % 3), LoRAXS if isinstance(start, LoRASB) else LoRA
+    torch.manual_seed(0)
+    model = train(nn.Sequential(nn.Linear(8, 8)), data, methods=[adapter(rank=2), start], steps=1).model
+    if saved:
+        state, model = model.state_dict(), nn.Sequential(nn.Linear(8, 8))
+        adapter(rank=2).parametrize(model)
+        model.load_state_dict(state)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(BadInput, match=LEARNED.format(type(start).__name__)):
+        train(model, data, methods=[start], steps=1)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    train(model, data, methods=[], steps=1)  # on from where it was
+
+
+@pytest.mark.parametrize("start", [PiSSA(), EVA()], ids=lambda s: s.key)
+def test_an_adapter_that_was_trained_without_a_start_is_not_started(start: Start) -> None:
+    data = drawn(16, 8), torch.arange(16) % 3
+    model = train(nn.Sequential(nn.Linear(8, 8)), data, methods=[LoRA(rank=2)], steps=2).model
+    with pytest.raises(BadInput, match=LEARNED.format(type(start).__name__)):
+        train(model, data, methods=[start], steps=1)
+
+
+def test_the_record_of_a_start_is_no_part_of_plain_lora() -> None:
+    model = with_adapters(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    PiSSA(where="0").initialize(model, Now())
+    RandomFactor(where="1").initialize(model, Now())
+    assert {"0.plait.lora.start_left", "1.plait.lora.start_left"} <= set(model.state_dict())
+    assert not any("start_" in name for name in to_plain_lora(model).state_dict())
+
+
 @pytest.mark.parametrize(("first", "second"), [(".*", "0"), ("0|1", "0"), ("0", ".*")])
 def test_two_starts_of_one_layer_are_refused_however_their_where_is_written(first: str, second: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
@@ -464,6 +502,63 @@ def test_eva_decomposes_what_each_of_two_layers_makes_of_one_tensor(net: nn.Modu
         _, _, vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
         cosines = (layer.plait.lora.A.detach() * vh[:2]).sum(1).abs()
         torch.testing.assert_close(cosines, torch.ones(2), rtol=0, atol=1e-5)
+
+
+class Parting(nn.Module):
+    """Layers that read one tensor, until a batch in which the second reads another, none, or the first does."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.second, self.third = how, nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4)
+        self.read: dict[str, list[Tensor]] = {"first": [], "second": [], "third": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        parted, other = bool(x[0, 0] > 100), x.flip(-1)
+        given = {"first": x, "second": x, "third": x}
+        if parted:
+            given |= {"another": {"second": other}, "none": {"second": None}, "leader": {"first": other}}[self.how]
+        output = x.new_zeros(len(x), 4)
+        for name, inputs in given.items():
+            if inputs is not None and len(inputs):
+                self.read[name].append(inputs)
+                output = output + getattr(self, name)(inputs)
+        return output
+
+
+@pytest.mark.parametrize("how", ["another", "none", "leader"])
+def test_eva_parts_layers_whose_inputs_were_one_in_the_first_batch_only(how: str) -> None:
+    scale = torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    batches = [drawn(32, 6, seed=seed) * scale for seed in range(5)]
+    batches[2][0, 0] = 200.0
+    batches[3][0, 0] = 300.0
+    net = Parting(how)
+    every = EVA(rho=1.0, tau=1.0, batches=5).inputs_svd(with_adapters(net, rank=4), calibrated(batches))
+    for name, svd in every.items():
+        rows = torch.cat(net.read[name])
+        _, s, vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        assert svd.count == len(rows)
+        torch.testing.assert_close(svd.values[:2], s[:2], rtol=0.01, atol=0)
+        torch.testing.assert_close((svd.vectors[:2] * vh[:2]).sum(1).abs(), torch.ones(2), rtol=0, atol=0.01)
+    same = {"another": ("first", "third"), "none": ("first", "third"), "leader": ("second", "third")}[how]
+    assert torch.equal(*(every[name].vectors for name in same))
+    assert not torch.equal(every["first"].vectors, every["second"].vectors)
+
+
+def test_eva_waits_for_a_layer_that_some_batches_do_not_reach() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert, self.idle = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.expert(x[x[:, 0] > 9]).sum() + self.idle(x[:0]).sum()
+
+    reached = drawn(16, 6) + torch.tensor([20.0, 0, 0, 0, 0, 0])
+    batches = [drawn(16, 6), reached, drawn(16, 6), reached.flip(1) + 20]
+    with pytest.raises(BadInput, match="saw no varying input of 'idle'"):
+        EVA(batches=4).inputs_svd(with_adapters(Routed()), calibrated(batches))
+    seen = EVA(batches=4).inputs_svd(with_adapters(Routed(), where="expert"), calibrated(batches))
+    assert seen["expert"].count == 32
 
 
 def test_eva_sees_all_batches_of_a_layer_that_is_called_twice_on_one_tensor() -> None:

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from plait import AdamW, DoRA, LoRA, train
 from plait.adapters import Adapters
-from plait.errors import BadInput
+from plait.errors import BadInput, NonFinite
+from plait.initialize.weight_svd import PiSSA
 from plait.integrations.peft import load_adapter, save_adapter
+from plait.method import Now
 from plait.parametrize.folding import fold
 from plait.parametrize.sequential import Hydra
+from plait.parametrize.singular import SORSA
 from plait.parametrize.update import update_of
 
 X = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
@@ -231,6 +234,60 @@ def test_a_weight_that_was_trained_under_its_adapter_is_no_low_rank_update_once_
     with pytest.raises(BadInput, match="is no low-rank update: give the base and a rank"):
         update_of(model)
     assert update_of(model, base, rank=2).error > 0.1
+
+
+MOVED = {"pissa": [LoRA(rank=2, train="0.weight"), PiSSA()], "sorsa": [SORSA(rank=2, train="0.weight")]}
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+@pytest.mark.parametrize("kind", MOVED)
+def test_so_it_is_where_a_start_had_taken_part_of_that_weight(kind: str, reloaded: bool, tmp_path: Path) -> None:
+    """The start notes which weight it left: a residual cannot be compared with the base's own weight."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+
+    def trained(change: bool) -> nn.Module:
+        model = copy.deepcopy(base)
+        for method in MOVED[kind]:
+            method.parametrize(model)
+        for method in MOVED[kind]:
+            method.initialize(model, Now())
+        with torch.no_grad():
+            if change:
+                model[0].weight += torch.randn(8, 8)
+        if reloaded:
+            state, model = model.state_dict(), copy.deepcopy(base)
+            MOVED[kind][0].parametrize(model)
+            model.load_state_dict(state)
+        return model.requires_grad_(False)
+
+    left, changed = trained(False), trained(True)
+    assert update_of(left, base).factors["0"].rank == update_of(left).factors["0"].rank == 4
+    assert update_of(left.to(torch.bfloat16)).factors["0"].rank == 4  # the same weight in less precision
+    with pytest.raises(BadInput, match="is no low-rank update: give the base and a rank"):
+        save_adapter(changed, tmp_path)
+    with pytest.raises(BadInput, match="is no low-rank update: give a rank"):
+        Adapters(copy.deepcopy(base)).add("mine", changed)
+    save_adapter(changed, tmp_path, base=base, rank=8)
+    assert far(load_adapter(copy.deepcopy(base), tmp_path)(x), changed(x)) < 1e-5
+
+
+def test_a_base_loaded_under_a_start_is_what_the_start_leaves_from_then_on() -> None:
+    torch.manual_seed(0)
+    base, other = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    LoRA(rank=2).parametrize(model := copy.deepcopy(base))
+    PiSSA().initialize(model, Now())
+    model.load_state_dict(other.state_dict(), strict=False)
+    assert update_of(model).factors["0"].rank == update_of(model, other).factors["0"].rank == 4
+
+
+def test_an_update_that_is_not_finite_has_no_nearest_of_a_rank() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8))
+    model = copy.deepcopy(base)
+    nn.init.constant_(model[0].weight, float("nan"))
+    with pytest.raises(NonFinite, match="the update of '0' has a number that is NaN or infinite"):
+        update_of(model, base, rank=2)
 
 
 class Embedder(nn.Module):

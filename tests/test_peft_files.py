@@ -373,9 +373,10 @@ def test_a_base_that_is_loaded_under_an_adapter_is_the_adapters_base(inside: boo
 
 
 def test_files_made_for_another_base_are_refused(tmp_path: Path) -> None:
-    model = attach(tiny_llama(), LoRA(rank=2))
+    model = tiny_llama()
+    LoRA(rank=2).parametrize(model)
     PiSSA().initialize(model, Now())
-    save_adapter(model, tmp_path)
+    save_adapter(stir(model), tmp_path)
     load_adapter(tiny_llama(), tmp_path)
     load_adapter(tiny_llama().to(torch.bfloat16), tmp_path)  # the same base in less precision
     load_adapter(tiny_llama().half(), tmp_path)  # which rounds otherwise, and is not compared

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,11 +16,13 @@ from torch.nn import functional as F
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count, Fraction, Range
-from plait.initialize.base import Found, Start, gathered, refuse_stacked, require_finite, undisturbed
+from plait.initialize.base import Found, Start, everywhere, gathered, low_rank, refuse_stacked, undisturbed
 from plait.layers import is_transformers_conv1d
 from plait.math.svd import RowSVD
 from plait.method import Now, method
 from plait.parametrize.low_rank import LowRank
+from plait.parametrize.origin import record_left
+from plait.parametrize.refusals import require_finite
 
 
 def input_rows(layer: nn.Module, inputs: Tensor, keep: Tensor | None) -> Tensor:
@@ -43,6 +47,17 @@ def _patches(layer: nn.Module) -> tuple[Any, ...]:
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
         return ()
     return layer.kernel_size, layer.stride, layer.padding, layer.dilation
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a layer read last, how, and its decomposition before and after that."""
+
+    by: str
+    given: Tensor
+    how: tuple[Any, ...]
+    before: RowSVD | None
+    after: RowSVD
 
 
 @method
@@ -78,28 +93,36 @@ class ActivationStart(Start):
 
     @torch.no_grad()
     def inputs_svd(self, model: nn.Module, now: Now) -> dict[str, RowSVD]:
-        """Return the decomposition of each layer's inputs, by the layer's name."""
+        """Return the decomposition of each layer's inputs, by the layer's name.
+
+        Layers that have read one input at each pass so far, and do so again, have one decomposition; where they part,
+        each goes on from it alone.
+        """
         chosen = self.found(model)
         seen: dict[str, RowSVD] = {}
-        twin: dict[str, str] = {}
-        last: tuple[str, Tensor | None, int, tuple[Any, ...]] = "", None, 0, ()
         fresh: dict[str, bool] = {}
+        last: Read | None = None
         keep: Tensor | None = None
 
         def watch(layer: nn.Module, inputs: tuple[Tensor, ...], *, name: str, rank: int) -> None:
             nonlocal last
-            given, other = inputs[0], last[0]
-            how = given._version, _patches(layer)  # the version: what was changed in place is another input
-            alike = given is last[1] and how == last[2:] and name != other
-            if alike and twin.get(name, other) == other and seen[other].rank >= rank:
-                twin[name] = other
-            if name in twin or not fresh.get(name, True):
+            if not fresh.get(name, True):
                 return
-            last = name, given, *how
-            svd = seen.setdefault(name, RowSVD(rank))
-            before = svd.vectors
-            svd.add(gathered(input_rows(layer, given.detach(), keep)))
-            fresh[name] = not (before.shape == svd.vectors.shape and self.settled(before, svd.vectors))
+            given, before = inputs[0], seen.get(name)
+            how = given._version, _patches(layer)  # the version: what was changed in place is another input
+            if (
+                last is not None
+                and (last.by != name and before is last.before and rank <= last.after.rank)
+                and everywhere(given is last.given and how == last.how, given.device)
+            ):
+                seen[name], fresh[name] = last.after, fresh[last.by]
+                return
+            svd = before or RowSVD(rank)
+            after = copy.copy(svd)  # another layer may go on from the same one
+            after.add(gathered(input_rows(layer, given.detach(), keep)))
+            compared = after.count > svd.count and after.vectors.shape == svd.vectors.shape
+            fresh[name] = not (compared and self.settled(svd.vectors, after.vectors))
+            seen[name], last = after, Read(name, given, how, before, after)
 
         with undisturbed(model, now), ExitStack() as hooks:
             for name, layer, adapter in chosen:
@@ -110,12 +133,12 @@ class ActivationStart(Start):
                 keep = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
                 now.batch = batch
                 now.call(model, batch.inputs)
-                last = "", None, 0, ()
+                last = None
                 if not any(fresh.values()):
                     break
-        every = {name: seen.get(twin.get(name, name)) for name, _, _ in chosen}
+        every = {name: seen.get(name) for name, _, _ in chosen}
         for name, svd in every.items():
-            if svd is None or float(svd.total) == 0:
+            if svd is None or not svd.count or float(svd.total) == 0:
                 raise BadInput(f"{type(self).__name__} saw no varying input of '{name}': leave it out with where.")
             require_finite(svd.total, f"{type(self).__name__} saw an input of '{name}'")
         return every  # type: ignore[return-value]
@@ -164,15 +187,16 @@ class EVA(ActivationStart):
         chosen, every = self.found(model), self.inputs_svd(model, now)
         budget = sum(adapter.rank for _, _, adapter in chosen)  # type: ignore[misc]
         ranks = self.ranks({name: every[name].explained()[: self.width(a)] for name, _, a in chosen}, budget)  # type: ignore[arg-type]
-        for name, _, adapter in chosen:
-            assert isinstance(adapter, LowRank)
-            vectors, wanted = every[name].vectors, ranks[name] if self.rho > 1 else adapter.rank
+        for name, layer, adapter in chosen:
+            low = low_rank(adapter)
+            vectors, wanted = every[name].vectors, ranks[name] if self.rho > 1 else low.rank
             if len(vectors) < wanted or sum(ranks.values()) < budget:
                 raise BadInput(
                     f"EVA saw only {every[name].count} inputs of '{name}', too few for its rank: raise batches, "
                     f"or lower the adapters' rank."
                 )
-            adapter.set(vectors[:wanted], adapter.B.new_zeros(adapter.B.shape[0], wanted))
+            low.set(vectors[:wanted], low.B.new_zeros(low.B.shape[0], wanted))
+            record_left(layer, low)
 
     def ranks(self, explained: dict[str, Tensor], budget: int) -> dict[str, int]:
         """Return how many of the `budget` largest explained variances each layer has; the earlier layer wins a tie."""

@@ -1,8 +1,10 @@
 """Where training starts: methods that set what an adapter put there, from the weight, from data, or from gradients.
 
-A start that moves part of a weight into its adapter leaves the residual as the layer's own, frozen weight and a record
-(`start_A`, `start_B`) in the adapter. From the record the untouched weight can be had back (`untouched_weight`), and
-`to_plain_lora` turns the model into one with plain adapters on the untouched base.
+Every start leaves a record in the adapter (`start_left`, a digest of the weight under it), so that no start throws away
+what another, or training after it, has made. One that moves part of a weight into its adapter leaves the residual as
+the own, frozen weight of the layer, and what it took in the record too (`start_A`, `start_B`): from that the untouched
+weight can be had back (`untouched_weight`), and `to_plain_lora` turns the model into one with plain adapters on the
+untouched base.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from plait.errors import BadInput, NonFinite
+from plait.errors import BadInput
 from plait.layers import is_linear_map, matches, matrix, own_weight, unmatrix, weight_identity
 from plait.math.packed import Packed, numbers, quantized_elsewhere, unrounded
 from plait.method import Method, Now, method
 from plait.parametrize.base import Parametrization, Parametrize, attached, refuse_made, replace, set_weight, stack
 from plait.parametrize.low_rank import LowRank
+from plait.parametrize.origin import drop_record, record_left, started
+from plait.parametrize.refusals import require_finite
 from plait.parametrize.singular import SingularTriplets
 from plait.sharding import gather
 
@@ -53,12 +57,13 @@ class Start(Method):
             raise BadInput(
                 f"{title} starts {kind} adapters, but the model has none: put a method that adds them before it."
             )
-        moved = next((name for name, _, adapter in chosen if adapter.taken() is not None), None)
-        if moved is not None:
-            raise BadInput(
-                f"{title} would start the adapter of '{moved}' a second time, and the part of the weight that it holds "
-                f"would be lost: drop {title} to train on, or fold the model first."
-            )
+        for name, _, adapter in chosen:
+            if begun(adapter):
+                lost = "the part of the weight that it holds" if adapter.taken() is not None else "what it has learned"
+                raise BadInput(
+                    f"{title} would start the adapter of '{name}' a second time, and {lost} would be lost: drop "
+                    f"{title} to train on, or fold the model first."
+                )
         if self.moves:
             users = sharers(model)
             for name, layer, _ in chosen:
@@ -104,13 +109,23 @@ class Start(Method):
             with weight_matrix(layer) as weight:
                 require_finite(weight, f"{type(self).__name__} found a number in the weight of '{name}'")
                 self.start(weight, adapter)
+            record_left(layer, adapter)
 
 
-def require_finite(numbers: Tensor, where: str) -> None:
-    """Refuse what has no decomposition."""
-    total = numbers.sum(dtype=torch.float32)  # takes no memory, but may overflow
-    if not bool(torch.isfinite(total)) and not bool(torch.isfinite(numbers).all()):
-        raise NonFinite(f"{where} that is NaN or infinite: mend what it comes from, or leave the layer out with where.")
+def begun(adapter: Parametrization) -> bool:
+    """Say whether a start or training made an adapter what it is, which another start would throw away."""
+    if started(adapter):
+        return True
+    low = adapter.low_rank()
+    return low is not None and bool(low[0].any()) and bool(low[1].any())
+
+
+def low_rank(adapter: Parametrization) -> LowRank:
+    """Return an adapter that is known to be LoRA's, with its type; refuse another."""
+    if not isinstance(adapter, LowRank):
+        kind = adapter.made_by or type(adapter).__name__
+        raise BadInput(f"this start sets LoRA's factors, and the adapter is of {kind}: give it one of LoRA.")
+    return adapter
 
 
 def sharers(model: nn.Module) -> dict[int, list[str]]:
@@ -214,13 +229,14 @@ def to_plain_lora(model: nn.Module) -> nn.Module:
     for _, layer, adapter in adapters:
         taken = adapter.taken()
         if taken is None:
+            drop_record(adapter)
             continue
         with weight_matrix(layer) as weight:
             weight.copy_(weight + taken)
             plain = adapter if isinstance(adapter, LowRank) else LowRank(weight, rank=0, scale=1.0)
         plain.set(*adapter.plain())
-        if plain is adapter:
-            del adapter.start_A, adapter.start_B
+        if isinstance(adapter, LowRank):
+            drop_record(adapter)
         else:
             replace(layer, adapter, "lora", plain)
     return model
@@ -255,3 +271,8 @@ def gathered(rows: Tensor) -> Tensor:
     counts = [int(count) for count in gather(torch.tensor([len(rows)], device=rows.device))]
     padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), rows.shape[1])])
     return torch.cat([part[:count] for part, count in zip(gather(padded), counts, strict=True)])
+
+
+def everywhere(here: bool, device: torch.device) -> bool:
+    """Say whether something is true in all processes."""
+    return all(bool(there) for there in gather(torch.tensor([here], device=device)))

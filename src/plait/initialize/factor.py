@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from plait.catalogue import paper
-from plait.initialize.base import Start
+from plait.initialize.base import Start, low_rank
 from plait.method import method
 from plait.parametrize.base import Parametrization
-from plait.parametrize.low_rank import LowRank
 
 
 @paper("hayou2024init", key="lora-init-ab")
@@ -38,10 +37,10 @@ class RandomFactor(Start):
 
     def start(self, weight: Tensor, adapter: Parametrization) -> None:
         """Draw one factor and clear the other."""
-        assert isinstance(adapter, LowRank)
-        a, b = torch.zeros_like(adapter.A), torch.zeros_like(adapter.B)
+        low = low_rank(adapter)
+        a, b = torch.zeros_like(low.A), torch.zeros_like(low.B)
         if self.factor == "A":
             a.normal_(std=1 / math.sqrt(a.shape[1]))
         else:
-            b.normal_(std=1 / math.sqrt(adapter.rank))
-        adapter.set(a, b)
+            b.normal_(std=1 / math.sqrt(low.rank))
+        low.set(a, b)

@@ -21,13 +21,14 @@ from plait.initialize.base import (
     model_bytes,
     refuse_sharers,
     refuse_stacked,
-    require_finite,
     undisturbed,
 )
 from plait.layers import matrix, matrix_shape, own_weight
 from plait.math.svd import exact_svd, sketched_svd
 from plait.method import Now, method
 from plait.parametrize.core import Core
+from plait.parametrize.origin import record_left
+from plait.parametrize.refusals import require_finite
 from plait.sharding import averaged
 
 
@@ -89,8 +90,9 @@ class LoRASB(Start):
             gradients = self._gradients(model, now, group)
             for name, layer, adapter in group:
                 cores.append(self._start(name, layer, cast(Core, adapter), gradients))
-        for (_, _, adapter), core in zip(chosen, cores, strict=True):
+        for (_, layer, adapter), core in zip(chosen, cores, strict=True):
             cast(Core, adapter).R.copy_(core)
+            record_left(layer, adapter)
 
     def _start(self, name: str, layer: nn.Module, adapter: Core, gradients: dict[str, Tensor]) -> Tensor:
         """Set A and B of one layer, and return its R."""

@@ -22,11 +22,11 @@ from plait.initialize.base import (
     Found,
     Start,
     groups,
+    low_rank,
     model_bytes,
     move,
     refuse_sharers,
     refuse_stacked,
-    require_finite,
     undisturbed,
     weight_matrix,
 )
@@ -35,6 +35,8 @@ from plait.math.svd import OVERSAMPLE, SumSVD, Triplets
 from plait.method import Ask, Now, method
 from plait.parametrize.base import Parametrization, attached
 from plait.parametrize.low_rank import LowRank
+from plait.parametrize.origin import record_left
+from plait.parametrize.refusals import require_finite
 from plait.sharding import averaged, full, like
 
 
@@ -144,8 +146,7 @@ class GradientStart(Start):
         return [(group, whole) for group in (summed if whole else sketched)]
 
     def _width(self, adapter: Parametrization) -> int:
-        assert isinstance(adapter, LowRank)
-        return self.needed(adapter.rank) + OVERSAMPLE
+        return self.needed(low_rank(adapter).rank) + OVERSAMPLE
 
     @torch.no_grad()
     def initialize(self, model: nn.Module, now: Now) -> None:
@@ -156,17 +157,18 @@ class GradientStart(Start):
         for group, whole in self._groups(model, chosen):
             sketches = self.gradients(model, now, group, whole)
             for name, _, adapter in group:
-                assert isinstance(adapter, LowRank)
-                triplets = sketches.pop(name).svd(self.needed(adapter.rank), self.batches)
-                made[name] = self.factors(triplets, adapter.rank)
+                rank = low_rank(adapter).rank
+                triplets = sketches.pop(name).svd(self.needed(rank), self.batches)
+                made[name] = self.factors(triplets, rank)
         for name, layer, adapter in chosen:
-            assert isinstance(adapter, LowRank)
-            a, b = self.scaled(*made.pop(name), adapter.scale)
+            low = low_rank(adapter)
+            a, b = self.scaled(*made.pop(name), low.scale)
             if self.moves:
                 with weight_matrix(layer) as weight:
-                    move(weight, adapter, a, b)
+                    move(weight, low, a, b)
             else:
-                adapter.set(a, b)
+                low.set(a, b)
+            record_left(layer, low)
 
 
 @paper("wang2024loraga", key="lora-ga")

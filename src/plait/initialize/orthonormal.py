@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from plait.catalogue import paper
-from plait.initialize.base import Start, move
+from plait.initialize.base import Start, low_rank, move
 from plait.math.svd import wide
 from plait.method import method
 from plait.parametrize.base import Parametrization
-from plait.parametrize.low_rank import LowRank
 
 
 @paper("buyukakyuz2024olora", key="olora", kind="ground")
@@ -36,8 +35,7 @@ class OLoRA(Start):
 
     def start(self, weight: Tensor, adapter: Parametrization) -> None:
         """Move the first rows of R into the adapter."""
-        assert isinstance(adapter, LowRank)
-        whole = wide(weight)
-        q, r = torch.linalg.qr(whole[:, : adapter.rank])
+        low, whole = low_rank(adapter), wide(weight)
+        q, r = torch.linalg.qr(whole[:, : low.rank])
         q = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype)
-        move(weight, adapter, q.T @ whole, q)
+        move(weight, low, q.T @ whole, q)

@@ -8,13 +8,15 @@ from torch import nn
 from plait.catalogue import paper
 from plait.errors import BadInput
 from plait.fields import Count
-from plait.initialize.base import Start, require_finite
+from plait.initialize.base import Start, low_rank
 from plait.layers import matrix
-from plait.math.packed import packed_weight
+from plait.math.packed import Packed, packed_weight
 from plait.math.svd import gram_svd, sketched_svd
 from plait.method import Now, method
 from plait.parametrize.base import set_weight
 from plait.parametrize.low_rank import LowRank
+from plait.parametrize.origin import record_left
+from plait.parametrize.refusals import require_finite
 
 
 @paper("li2023loftq", key="loftq", kind="ground")
@@ -55,14 +57,12 @@ class LoftQ(Start):
             if packed is None or packed.original is None:
                 what = "is not quantized" if packed is None else "is quantized, and what it was before is not held"
                 raise BadInput(f"LoftQ needs the rounding error, but the weight of '{name}' {what}: add Quantize().")
-            assert isinstance(adapter, LowRank)
             require_finite(packed.original, f"LoftQ found a number in the weight of '{name}'")
-            self._start(layer, adapter, matrix(layer, packed.original).clone())
+            self._start(layer, packed, low_rank(adapter), matrix(layer, packed.original).clone())
             packed.original = None  # what the base was rounded from lacks what the adapter now holds
+            record_left(layer, adapter)
 
-    def _start(self, layer: nn.Module, adapter: LowRank, whole: torch.Tensor) -> None:
-        packed = packed_weight(layer)
-        assert packed is not None
+    def _start(self, layer: nn.Module, packed: Packed, adapter: LowRank, whole: torch.Tensor) -> None:
         wide = whole.to(adapter.A.dtype)
         for number in range(self.rounds):
             if number:

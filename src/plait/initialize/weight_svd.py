@@ -6,11 +6,10 @@ from torch import Tensor
 
 from plait.catalogue import paper
 from plait.fields import Count
-from plait.initialize.base import Start, move
+from plait.initialize.base import Start, low_rank, move
 from plait.math.svd import gram_svd, sketched_svd
 from plait.method import method
 from plait.parametrize.base import Parametrization
-from plait.parametrize.low_rank import LowRank
 
 
 @paper("meng2024pissa", key="pissa")
@@ -44,10 +43,10 @@ class PiSSA(Start):
 
     def start(self, weight: Tensor, adapter: Parametrization) -> None:
         """Move the principal part of the weight into the adapter."""
-        assert isinstance(adapter, LowRank)
+        low = low_rank(adapter)
         if self.iterations is None:
-            u, s, vh = gram_svd(weight, adapter.rank)
+            u, s, vh = gram_svd(weight, low.rank)
         else:
-            u, s, vh = sketched_svd(weight, adapter.rank, self.iterations)
-        root = (s / adapter.scale).sqrt()
-        move(weight, adapter, root[:, None] * vh, u * root)
+            u, s, vh = sketched_svd(weight, low.rank, self.iterations)
+        root = (s / low.scale).sqrt()
+        move(weight, low, root[:, None] * vh, u * root)

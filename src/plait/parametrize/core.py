@@ -13,6 +13,7 @@ from plait.math.svd import exact_svd, sketched_svd
 from plait.method import Method, method
 from plait.parametrize.base import Adapter, Parametrization
 from plait.parametrize.low_rank import adapter_dtype, check_rank, low_rank_output
+from plait.parametrize.refusals import refuse_nonfinite
 
 
 class Core(Parametrization):
@@ -86,5 +87,6 @@ class LoRAXS(Adapter):
         return Core(vh, u * s, core, self.alpha / self.rank)
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
-        """Refuse a rank above a target's."""
+        """Refuse a rank above a target's, and what has no decomposition."""
         check_rank(self, self.rank, model)
+        refuse_nonfinite(type(self).__name__, self.targets(model))

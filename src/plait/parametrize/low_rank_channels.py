@@ -18,6 +18,7 @@ from plait.method import Method, method
 from plait.parametrize.base import Parametrization
 from plait.parametrize.low_rank import adapter_dtype, low_rank_branch
 from plait.parametrize.low_rank_sparse import FromScratch
+from plait.parametrize.refusals import refuse_nonfinite
 
 
 class LowRankChannels(Parametrization):
@@ -108,6 +109,7 @@ class LOST(FromScratch):
             if value >= 1:
                 raise BadInput(f"LOST.{name} must be in (0, 1), not {value}.")
         super().check(model, methods)
+        refuse_nonfinite("LOST", self.targets(model))
         for name, layer in self.targets(model):
             inputs, _ = _inputs(layer)
             if int(self.density * inputs) == 0:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from plait.errors import BadInput
 from plait.layers import matrix, own_weight, unmatrix, unwrapped
 from plait.math.packed import Packed, unrounded
-from plait.parametrize.base import Parametrization, attached
+from plait.parametrize.base import Parametrization, attached, stack
 
 SAMPLE = 4096
 """How many numbers of a weight are looked at."""
@@ -51,6 +51,39 @@ def _numbers(numbers: Tensor) -> str:
     made = hashlib.sha256(f"{tuple(numbers.shape)}\n".encode())
     made.update(spaced.to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
     return made.hexdigest()[:16]
+
+
+LEFT = "start_left"
+"""The buffer of an adapter that says that a start made it: the digest of the weight that the start left under it."""
+
+
+def record_left(layer: nn.Module, part: Parametrization) -> None:
+    """Note in an adapter that a start made it, and which weight that left; empty where it has no digest."""
+    _note(part, own_weight(layer))
+
+
+def _note(part: Parametrization, weight: Tensor) -> None:
+    noted = list(bytes.fromhex(_numbers(unrounded(weight.detach()))))
+    part.register_buffer(LEFT, torch.tensor(noted, dtype=torch.uint8, device=weight.device))
+
+
+def started(part: Parametrization) -> bool:
+    """Say whether a start made an adapter what it is."""
+    return LEFT in part._buffers or part.taken() is not None
+
+
+def drop_record(part: Parametrization) -> None:
+    """Forget that a start made an adapter: it is a plain one."""
+    for name in [name for name in part._buffers if name.startswith("start_")]:
+        delattr(part, name)
+
+
+def left_alone(layer: nn.Module) -> bool:
+    """Say whether a layer's weight is still the one that the last start left; so it is where nobody can tell."""
+    made = _numbers(unrounded(own_weight(layer).detach()))
+    noted = [part._buffers.get(LEFT) for part in stack(layer) if part.taken() is not None]
+    known = [bytes(left.tolist()).hex() for left in noted if left is not None and left.numel()]
+    return not made or len(known) < len(noted) or made in known
 
 
 def _now(model: nn.Module) -> dict[str, str]:
@@ -105,6 +138,7 @@ def _loading(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest
         if given is not None and given.shape == own.shape:
             residual = matrix(layer, given.to(taken)) - taken
             state_dict[name] = unmatrix(layer, residual, own).to(own.dtype)
+            _note(part, state_dict[name].to(own.device))
 
 
 def moved_buffers(model: nn.Module) -> list[str]:

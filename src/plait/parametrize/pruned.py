@@ -17,6 +17,7 @@ from plait.math.svd import exact_svd, sketched_svd
 from plait.method import Method, Now, method
 from plait.parametrize.base import Adapter, Parametrization, stack
 from plait.parametrize.low_rank import LowRank, check_rank
+from plait.parametrize.refusals import refuse_nonfinite
 from plait.parametrize.sparse import low_rank_and_sparse, places, recomputed_output, trained
 
 By = Literal["update", "sum", "weight"]
@@ -141,6 +142,7 @@ class DSEE(Adapter):
     def check(self, model: nn.Module, methods: list[Method]) -> None:
         """Refuse ranks, numbers of entries and of heads that do not fit."""
         check_rank(self, self.rank, model)
+        refuse_nonfinite("DSEE", self.targets(model))
         for name, layer in self.targets(model):
             out, into = matrix_shape(layer)
             if self.entries > out * into:

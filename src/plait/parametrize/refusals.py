@@ -1,11 +1,15 @@
-"""What no parametrization can act on: weights that are not there yet, and weights that are read without their layer."""
+"""What no parametrization can act on: weights that are not there yet or not finite, or are read without their layer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
 
-from plait.errors import BadInput
+from plait.errors import BadInput, NonFinite
 from plait.layers import own_weight
+from plait.math.packed import readable, unrounded
 
 
 def refuse_absent(title: str, what: str, weight: Tensor) -> None:
@@ -32,3 +36,18 @@ def read_by_others(model: nn.Module) -> set[str]:
     """Return the names of layers whose weight is read without calling them, so that a parametrization does nothing."""
     attentions = [name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     return {f"{name}.out_proj" if name else "out_proj" for name in attentions}
+
+
+def require_finite(numbers: Tensor, where: str) -> None:
+    """Refuse what has no decomposition."""
+    total = numbers.sum(dtype=torch.float32)  # takes no memory, but may overflow
+    if not bool(torch.isfinite(total)) and not bool(torch.isfinite(numbers).all()):
+        raise NonFinite(f"{where} that is NaN or infinite: mend what it comes from, or leave the layer out with where.")
+
+
+def refuse_nonfinite(title: str, targets: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse layers whose weights a method decomposes, and cannot."""
+    for name, layer in targets:
+        require_finite(
+            readable(unrounded(own_weight(layer).detach())), f"{title} found a number in the weight of '{name}'"
+        )

@@ -14,6 +14,8 @@ from plait.math.svd import exact_svd, sketched_svd
 from plait.method import Method, Now, method
 from plait.parametrize.base import Adapter, Parametrization, attached, refuse_shared, set_weight
 from plait.parametrize.low_rank import adapter_dtype, check_rank, low_rank_output
+from plait.parametrize.origin import record_left
+from plait.parametrize.refusals import refuse_nonfinite
 
 
 class SingularTriplets(Parametrization):
@@ -96,6 +98,7 @@ class SORSA(Adapter):
         made = SingularTriplets(*decompose(weight.detach(), self.rank), dtype=adapter_dtype(weight))
         principal = (made.U * made.S) @ made.V
         set_weight(layer, weight.to(principal.dtype) - principal)
+        record_left(layer, made)
         return made
 
     def penalty(self, model: nn.Module, now: Now) -> Tensor | float:
@@ -108,6 +111,7 @@ class SORSA(Adapter):
         """Refuse a rank above a target's, and weights that several layers share: the residual would be both layers'."""
         check_rank(self, self.rank, model)
         refuse_shared(self, model)
+        refuse_nonfinite(type(self).__name__, self.targets(model))
 
 
 class SingularScales(Parametrization):
@@ -170,5 +174,6 @@ class SVFit(Adapter):
         return SingularScales(*decompose(weight.detach(), self.rank), dtype=adapter_dtype(weight))
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
-        """Refuse a rank above a target's."""
+        """Refuse a rank above a target's, and what has no decomposition."""
         check_rank(self, self.rank, model)
+        refuse_nonfinite(type(self).__name__, self.targets(model))

@@ -20,8 +20,9 @@ from plait.math.svd import exact_svd, gram_svd
 from plait.parametrize.base import Parametrization, dense_bias, dense_weight, stack, untouched_weight
 from plait.parametrize.freeze import is_fresh
 from plait.parametrize.low_rank import RowNorms, Shift, adapter_dtype, row_norms
-from plait.parametrize.origin import Origin, compared, digest, moved_buffers, origin_of
+from plait.parametrize.origin import Origin, compared, digest, left_alone, moved_buffers, origin_of
 from plait.parametrize.prompt import refuse_prompts
+from plait.parametrize.refusals import require_finite
 
 EXACT = 1024
 """The smaller side up to which a matrix is decomposed itself; above, the eigenvectors of its Gram matrix are taken."""
@@ -154,6 +155,7 @@ def factors_of(
     if not delta.any() and shift is None:
         return None
     rounding = 8 * torch.finfo(weight.dtype).eps * float(numbers(weight).float().square().sum().sqrt())
+    require_finite(delta, f"the update of '{name}' has a number")
     factors, left, size = truncated(delta, rank, rounding)
     if rank is None and rounded:
         raise BadInput(
@@ -255,6 +257,7 @@ def cut_off(update: Update, base: nn.Module, rank: int) -> Update:
         if factors.magnitude is not None:
             moved = weight + delta
             delta = factors.magnitude.to(weight)[:, None] * moved / row_norms(moved)[:, None] - weight
+        require_finite(delta, f"the update of '{name}' has a number")
         made.factors[name], *lost = truncated(delta, rank)
         made.factors[name].shift, made.lost[name] = factors.shift, (lost[0], lost[1])
     return made
@@ -274,13 +277,15 @@ def _moved_weight(layer: nn.Module, base: nn.Module | None, moved: set[int]) -> 
     """Say whether a layer's own weight is not the base's, other than by what a start took out of it; not known of
     quantized weights, which cannot be trained.
     """
+    if any(part.taken() is not None for part in stack(layer)):
+        return not left_alone(layer)
     weight = own_weight(layer)
     if base is None:
         other = id(weight) in moved
     else:
         plain = all(type(each) in (Tensor, nn.Parameter) for each in (weight, own_weight(base)))
         other = plain and not _alike(weight, own_weight(base))
-    return other and all(part.taken() is None for part in stack(layer))
+    return other
 
 
 def trained_beside(model: nn.Module, moved: set[int]) -> list[str]:
