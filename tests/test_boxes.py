@@ -13,8 +13,12 @@ import plait
 from laws import MODELS
 from plait.errors import BadInput
 from plait.finish.fold import Fold
+from plait.initialize.activation_svd import EVA
+from plait.initialize.gradient_svd import LoRAGA
+from plait.initialize.sensitivity import SPT
 from plait.method import Now
 from plait.parametrize.low_rank import LoRA
+from plait.parametrize.module_selection import DiffoRA
 from plait.predict.base import predictor, probabilities
 from plait.predict.boxes import LoRABAM, boxes, clusters, margin
 from plait.recipe import Recipe
@@ -129,6 +133,36 @@ def test_the_penalty_draws_paraphrases_together() -> None:
         with torch.no_grad():
             assert float(monitor.penalty(model, run.now)) == pytest.approx(strength * distances[strength], rel=1e-4)
     assert distances[30.0] < 0.7 * distances[0.0]
+
+
+class Strict(nn.Module):
+    """Reads `x` and knows no other inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu())
+
+
+RUNNING_BEFORE = {
+    "diffora": [DiffoRA(rank=1)],
+    "spt": [SPT(share=0.5, rank=1)],
+    "lora-ga": [LoRA(rank=1), LoRAGA(batches=1)],
+    "eva": [LoRA(rank=1), EVA(batches=1)],
+}
+
+
+@pytest.mark.parametrize("key", RUNNING_BEFORE)
+def test_starts_that_run_a_model_keep_paraphrases_from_it_too(key: str) -> None:
+    x = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    data = {"x": x, "paraphrase_x": x + 0.1}, torch.arange(16) % 2
+    methods = [*RUNNING_BEFORE[key], LoRABAM(strength=1.0, clusters=2)]
+    run = plait.train(Strict(), data, methods=methods, steps=2, batch_size=8, validation=data)
+    assert run.now.step == 2
+    with pytest.raises(BadInput, match="no example brings a paraphrase along: give inputs named"):
+        plait.train(Strict(), ({"x": x}, data[1]), methods=methods, steps=2, batch_size=8, validation=data)
 
 
 def test_what_cannot_work_is_refused() -> None:

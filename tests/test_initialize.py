@@ -319,6 +319,7 @@ def test_an_adapter_that_training_went_on_from_is_not_started_again(start: Start
         adapter(rank=2).parametrize(model)
         model.load_state_dict(state)
     before = {name: t.clone() for name, t in model.state_dict().items()}
+    assert any(name.endswith(".start_left") for name in before)
     with pytest.raises(BadInput, match=LEARNED.format(type(start).__name__)):
         train(model, data, methods=[start], steps=1)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())

@@ -20,6 +20,7 @@ from plait.loss.base import cross_entropy, squared_error
 from plait.math.packed import Packed, quantized_elsewhere
 from plait.method import Method, Misfit, Now
 from plait.parametrize.freeze import trainable
+from plait.passes import without_what_methods_read
 from plait.rates import multiply_rates, scales_of
 from plait.sampler import Sampler
 from plait.schedule import Schedule
@@ -242,6 +243,7 @@ class Engine:
         sharding_by: str = "none",
         call: Callable[[nn.Module, Any], Any] | None = None,
         accelerator: Any = None,
+        methods: Sequence[Method] = (),
     ) -> None:
         from accelerate.utils import set_seed
 
@@ -252,10 +254,9 @@ class Engine:
         self.seed, self.sharding, self.accelerator = seed, sharding_by, accelerator
         self.lower: torch.dtype | None = None if precision == "float32" else getattr(torch, precision)
         self.scale, self.batch_size = 1.0, 0
-        self.unreached = Unreached()
+        self.unreached, self.processes = Unreached(), accelerator.num_processes
         self.device = torch.device(device) if device else accelerator.device
-        self.call = call or call_model
-        self.processes = accelerator.num_processes
+        self.call = without_what_methods_read(call or call_model, methods)
 
     # -- what train reads, in order --------------------------------------------------------------------------------
     def start(

@@ -217,6 +217,8 @@ class Method:
     """Whether it keeps something for each example, told apart by the positions of `Batch.index`."""
     freezes: ClassVar[bool] = False
     """Whether it freezes and thaws weights in the course of a run, which several processes must be told."""
+    reads: ClassVar[str] = ""
+    """With what the names of inputs begin that it reads and the model does not know; "" for none."""
     watches: ClassVar[str] = ""
     """Layers whose outputs `now.features` must hold during a forward pass: "" none, "where" the field `where`."""
 

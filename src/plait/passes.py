@@ -11,8 +11,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from plait.method import Now
+from plait.method import Method, Now
 from plait.sharding import is_sharded, local_share
+
+
+def without_what_methods_read(
+    call: Callable[[nn.Module, Any], Any], methods: Iterable[Method]
+) -> Callable[[nn.Module, Any], Any]:
+    """Return a call of the model that keeps from it the inputs that are for methods alone."""
+    apart = tuple(m.reads for m in methods if m.reads)
+
+    def called(model: nn.Module, inputs: Any) -> Any:
+        if isinstance(inputs, dict):
+            inputs = {name: given for name, given in inputs.items() if not name.startswith(apart)}
+        return call(model, inputs)
+
+    return called if apart else call
 
 
 @contextlib.contextmanager

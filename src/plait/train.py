@@ -83,7 +83,7 @@ def train(
                   compile=compile, **options)  # fmt: skip
     check(model, methods)
     data = as_data(data)
-    engine = Engine(seed=seed, device=device, precision=precision, sharding_by=sharding, call=call)
+    engine = Engine(seed=seed, device=device, precision=precision, sharding_by=sharding, call=call, methods=methods)
     now = engine.start(model, data, loss, steps, batch_size, validation)
     now.methods = methods
     run = Run(model, now=now)

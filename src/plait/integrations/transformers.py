@@ -135,7 +135,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return result
 
     def _begin(self, resumed: str | None) -> None:
-        engine = self.engine = Engine(seed=self.args.seed, accelerator=self.accelerator)
+        engine = self.engine = Engine(seed=self.args.seed, accelerator=self.accelerator, methods=self.methods)
         now = self.now
         now.call = engine.call
         now.generator = torch.Generator().manual_seed(self.args.seed)

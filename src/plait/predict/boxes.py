@@ -95,6 +95,7 @@ class LoRABAM(Method):
     layers: Count = 1
     batches: Size = 0
     strength: ScheduledNonNegative = 0.0
+    reads: ClassVar[str] = PARAPHRASE
     idle: ClassVar[dict[str, float]] = {}
 
     # -- features --------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class LoRABAM(Method):
 
     # -- the penalty -----------------------------------------------------------------------------------------------
     def forward(self, model: nn.Module, now: Now) -> None:
-        """Keep paraphrases from the model, which does not know them."""
+        """Keep paraphrases from a model that is not called by plait, as in transformers' Trainer."""
 
         def without(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return given, {key: value for key, value in named.items() if not key.startswith(PARAPHRASE)}
