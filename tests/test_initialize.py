@@ -576,6 +576,33 @@ def test_eva_sees_all_batches_of_a_layer_that_is_called_twice_on_one_tensor() ->
     assert seen["both"].count == 2 * 4 * 16
 
 
+def test_eva_passes_end_at_the_last_layer_that_is_still_to_be_read() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.went = {"late": 0, "head": 0}
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.early(x)
+            self.went["late"] += 1
+            hidden = self.late(hidden if bool(x[0, 0] < 100) else self.early(hidden))
+            self.went["head"] += 1
+            return self.head(hidden)
+
+    batches = [drawn(16, 6, seed=seed) for seed in range(4)]
+    net = with_adapters(Counted(), where="early|late")
+    whole = EVA(batches=4, tau=1.0).inputs_svd(net, calibrated(batches))
+    assert whole["early"].count == whole["late"].count == 64
+    assert net.went == {"late": 4, "head": 1}
+
+    net.went = {"late": 0, "head": 0}
+    batches[1][0, 0] = 200.0  # a batch that takes another way goes to its end
+    whole = EVA(batches=4, tau=1.0).inputs_svd(net, calibrated(batches))
+    assert (whole["early"].count, whole["late"].count) == (80, 64)
+    assert net.went == {"late": 4, "head": 2}
+
+
 def test_eva_sees_convolutions_as_matrices_and_leaves_padding_out() -> None:
     line, sound = nn.Conv1d(2, 3, 3, stride=2, dilation=2, padding=1), drawn(4, 2, 9)
     output = input_rows(line, sound, None) @ line.weight.flatten(1).T + line.bias

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from plait.method import Method, Now
-from plait.sharding import is_sharded, local_share
+from plait.sharding import is_sharded, local_share, world_size
 
 
 def without_what_methods_read(
@@ -121,3 +121,37 @@ def call_again(model: nn.Module, inputs: Any, now: Now) -> Any:
             return now.call(model, inputs)
     finally:
         now.features = features
+
+
+class _Enough(Exception):
+    """Every layer that a pass was to reach has been reached."""
+
+
+class ShortPasses:
+    """Passes through a model of which some layers' inputs are read, each no longer than that takes.
+
+    The first pass goes to its end and shows in which order the layers are reached. A later one ends at the last layer
+    that is `needed`, if all layers were reached and it took the same way until there. On several processes, which may
+    hold a share of the model each, no pass is cut short.
+    """
+
+    def __init__(self) -> None:
+        self.way: list[str] = []
+        self.reached: list[str] = []
+        self.end = 0
+
+    def reach(self, name: str) -> None:
+        """Say that a layer was reached, and what is to be read of it was read."""
+        self.reached.append(name)
+        if len(self.reached) == self.end and self.reached == self.way[: self.end]:
+            raise _Enough
+
+    @contextlib.contextmanager
+    def to(self, needed: Collection[str]) -> Iterator[None]:
+        """Run a pass as far as the layers of these names; of the first pass, of all that will ever be needed."""
+        known = set(needed) <= set(self.way) and world_size() == 1
+        self.end = 1 + max(place for place, name in enumerate(self.way) if name in needed) if known else 0
+        self.reached = []
+        with contextlib.suppress(_Enough):
+            yield
+        self.way = self.way or self.reached

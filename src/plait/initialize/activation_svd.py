@@ -23,6 +23,7 @@ from plait.method import Now, method
 from plait.parametrize.low_rank import LowRank
 from plait.parametrize.origin import record_left
 from plait.parametrize.refusals import require_finite
+from plait.passes import ShortPasses
 
 
 def input_rows(layer: nn.Module, inputs: Tensor, keep: Tensor | None) -> Tensor:
@@ -96,13 +97,14 @@ class ActivationStart(Start):
         """Return the decomposition of each layer's inputs, by the layer's name.
 
         Layers that have read one input at each pass so far, and do so again, have one decomposition; where they part,
-        each goes on from it alone.
+        each goes on from it alone. No pass goes further than to the last layer that is not settled.
         """
         chosen = self.found(model)
         seen: dict[str, RowSVD] = {}
         fresh: dict[str, bool] = {}
         last: Read | None = None
         keep: Tensor | None = None
+        passes = ShortPasses()
 
         def watch(layer: nn.Module, inputs: tuple[Tensor, ...], *, name: str, rank: int) -> None:
             nonlocal last
@@ -128,11 +130,13 @@ class ActivationStart(Start):
             for name, layer, adapter in chosen:
                 hook = partial(watch, name=name, rank=self.width(adapter))  # type: ignore[arg-type]
                 hooks.enter_context(layer.register_forward_pre_hook(hook))
+                hooks.enter_context(layer.register_forward_pre_hook(lambda *given, name=name: passes.reach(name)))
             for batch in now.calibration(self.batches):
                 mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
                 keep = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
                 now.batch = batch
-                now.call(model, batch.inputs)
+                with passes.to([name for name, _, _ in chosen if fresh.get(name, True)]):
+                    now.call(model, batch.inputs)
                 last = None
                 if not any(fresh.values()):
                     break
