@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Real
@@ -16,6 +17,9 @@ from plait.errors import BadInput, NonFinite
 Loss = Callable[..., Tensor]
 Tensors = Tensor | dict[str, Tensor]
 T = TypeVar("T")
+
+POLISHED = 100
+"""Products with the Hessian in one of Newton's steps, at most."""
 
 
 @dataclass(frozen=True)
@@ -112,19 +116,54 @@ class Problem:
     def descend(self, x: Tensor, lam: Tensor, length: float, iterations: int) -> Tensor:
         """Return x moved by L-BFGS until the gradient is at most that long."""
         x = x.clone().requires_grad_()
-        least = length / x.numel() ** 0.5
+        least, reached = length / x.numel() ** 0.5, None
         rule = torch.optim.LBFGS(
             [x], max_iter=iterations, tolerance_grad=least, tolerance_change=0.0, line_search_fn="strong_wolfe"
         )
 
         def closure() -> Tensor:
+            nonlocal reached
             self.evaluations += 1
             value = self.inner(x, lam)
             (x.grad,) = torch.autograd.grad(value, x)
+            if x.grad.abs().max() <= least:
+                reached = x.detach().clone()
             return value.detach()
 
         rule.step(closure)
-        return x.detach()
+        if reached is not None:
+            return reached
+        return x.detach() if rule.state[x]["n_iter"] >= iterations else self.polish(x.detach(), lam, length)
+
+    def polish(self, x: Tensor, lam: Tensor, length: float) -> Tensor:
+        """Return x moved by Newton's method until the gradient is at most that long, or does not get shorter.
+
+        A line search compares losses, which are rounded: it ends where gradients are about the root of the precision.
+        """
+        best, shortest = x, math.inf
+        while True:
+            at = x.clone().requires_grad_()
+            slope = self.slope(at, lam)
+            right = slope.detach()
+            now = float(torch.linalg.vector_norm(right))
+            if not now < 0.5 * shortest:
+                return best if not now < shortest else x
+            best, shortest = x, now
+            if now <= length:
+                return x
+            product = self.product(slope, at)
+            move, _ = conjugate_gradients(product, right, torch.zeros_like(x), 0.5 * length / now, POLISHED)
+            x = x - move
+
+    def product(self, slope: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the product with the inner loss's Hessian in x, given its gradient there."""
+
+        def times(vector: Tensor) -> Tensor:
+            self.evaluations += 1
+            (across,) = torch.autograd.grad(slope, x, vector, retain_graph=True)
+            return across
+
+        return times
 
 
 def conjugate_gradients(
@@ -163,12 +202,7 @@ def hypergradient_at(
     right, direct = torch.autograd.grad(value, (x, lam), allow_unused=True, materialize_grads=True)
     slope = problem.slope(x, lam)
 
-    def product(vector: Tensor) -> Tensor:
-        problem.evaluations += 1
-        (across,) = torch.autograd.grad(slope, x, vector, retain_graph=True)
-        return across
-
-    q, convex = conjugate_gradients(product, right, q, tolerance, iterations)
+    q, convex = conjugate_gradients(problem.product(slope, x), right, q, tolerance, iterations)
     problem.evaluations += 1
     (cross,) = torch.autograd.grad(slope, lam, q, allow_unused=True, materialize_grads=True)
     found = direct - cross

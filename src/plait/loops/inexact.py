@@ -114,14 +114,8 @@ class Descent:
         """Return (q, J^T q), H q = right to a residual of delta."""
         x, lam = x.clone().requires_grad_(), lam.clone().requires_grad_()
         slope = self.problem.slope(x, lam)
-
-        def product(vector: Tensor) -> Tensor:
-            self.problem.evaluations += 1
-            (found,) = torch.autograd.grad(slope, x, vector, retain_graph=True)
-            return found
-
         relative = delta / max(float(torch.linalg.vector_norm(right)), 1e-30)
-        q, _ = conjugate_gradients(product, right, start, relative, self.iterations)
+        q, _ = conjugate_gradients(self.problem.product(slope, x), right, start, relative, self.iterations)
         self.problem.evaluations += 1
         (crossed,) = torch.autograd.grad(slope, lam, q, allow_unused=True, materialize_grads=True)
         return q, crossed
@@ -342,7 +336,7 @@ class MAID(SolvingTuner):
     step_size: Positive = 1.0
     margin: Probability = 1e-4
     tolerance: Positive = 1e-6
-    budget: Count = 1000
+    budget: Count = 300
 
     reports: ClassVar[tuple[str, ...]] = ("epsilon", "error", "length", "taken")
 
