@@ -235,6 +235,9 @@ OPTIONS: dict[str, dict[str, Any]] = {"full-batch": {"batch_size": 24}}
 COMPANY: dict[str, Callable[[], list[Method]]] = {
     "stn": lambda: [L2(strength=Tuned(start=0.01))],
     "bo-rep": lambda: [L2(strength=Tuned(start=0.01))],
+    "hoag": lambda: [L2(strength=Tuned(start=0.01))],
+    "maid": lambda: [L2(strength=Tuned(start=0.01))],
+    "lv-hba": lambda: [L2(strength=Tuned(start=0.01))],
 }
 """What a method needs beside it to have anything to do."""
 UNTRIED = {"rank": 2, "batch_size": 8}

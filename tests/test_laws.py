@@ -114,6 +114,8 @@ CASES: dict[str, Case] = {
         TO_TUNE,
         without=(("l2", {}),),
     ),
+    "lv-hba": Case({"warmup": 1, "step_size": 0.1}, TO_TUNE, without=(("l2", {}),)),
+    "norm-ball": Case({"radius": 0.5}),
     "stn": Case({"lr": 0.1}, TO_TUNE, without=(("l2", {}),)),
     "riemannlora": Case({"lr": 0.02}, LORA),
     "riemannlora-start": Case(partners=LORA),

@@ -104,6 +104,17 @@ def test_the_strength_of_ridge_regression_is_the_best(tuner: SolvingTuner, start
     assert ridge_loss(inputs, held, numbers(run)["L2.strength"]) < losses[best] + 1e-4
 
 
+@pytest.mark.parametrize("start", [1.0, 100.0])
+def test_losses_in_float32_are_solved_further_than_their_rounding(start: float) -> None:
+    """It ends a line search far from the solution: without Newton's steps the strength stayed at 10.6, and at 100."""
+    inputs, held = data(1, 40, 4.0), data(2, 400, 4.0)
+    torch.manual_seed(0)
+    problem = bilevel_problem(nn.Linear(20, 1, bias=False), inputs, [L2(strength=Tuned(start=start))], held)
+    found = maid(*problem, steps=30, **CERTAIN)
+    best = min(torch.logspace(-3, 2, 2000).tolist(), key=lambda strength: ridge_loss(inputs, held, strength))
+    assert float(found.hyper.exp()) == pytest.approx(best, rel=0.02)
+
+
 def test_strengths_of_each_layer_and_terms_of_the_loss_are_tuned_together() -> None:
     inputs, held = logistic(0, 60), logistic(1, 300)
     torch.manual_seed(0)

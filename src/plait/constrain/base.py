@@ -28,7 +28,7 @@ class Constraint(Method):
         """Return the nearest weight that obeys."""
         raise NotImplementedError
 
-    def targets(self, model: nn.Module, now: Now) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    def targets(self, model: nn.Module, now: Now | None = None) -> Iterator[tuple[str, nn.Module, Tensor]]:
         """Yield (name, layer, weight) of the trained weights, a shared one once; refuse if there never is one."""
         seen: set[int] = set()
         for name, layer in layers(model, self.where, self.kinds):
@@ -36,7 +36,7 @@ class Constraint(Method):
             if weight.requires_grad and id(weight) not in seen:
                 seen.add(id(weight))
                 yield name, layer, weight
-        if not seen and not now.resting:
+        if not seen and not (now and now.resting):
             raise BadInput(
                 f"{type(self).__name__} finds no weight that is trained: drop it, or what freezes the model."
             )

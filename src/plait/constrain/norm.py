@@ -1,14 +1,16 @@
-"""Weights of fixed norm."""
+"""Weights of fixed norm, and of bounded norm."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from plait.catalogue import paper
 from plait.constrain.base import Constraint
-from plait.fields import Fraction, NonNegative
-from plait.math.projections import sphere
+from plait.fields import Fraction, NonNegative, ScheduledPositive
+from plait.math.projections import ball, sphere
 from plait.method import Ask, Now, method
 
 
@@ -78,3 +80,35 @@ class LAWN(Constraint):
         for name, _, weight in self.targets(model, now):
             if held[name] > 0:
                 weight.copy_(sphere(weight, held[name]))
+
+
+@paper("srivastava2014dropout", key="norm-ball", kind="ground")
+@method
+class NormBall(Constraint):
+    """W <- W min(1, radius / |W|_F) after each step: each layer's weight stays in the ball |W|_F <= radius.
+
+    In the original the ball is of the weights into one unit; here it is of a layer. Unlike a decay it does nothing to
+    weights that are short enough. radius: may be scheduled, or learned with `LVHBA`, also one for each layer. where:
+    the layers; biases and gains are free. Raises BadInput where no linear map matches, and where none is trained.
+
+    >>> NormBall(radius=2.5).project(torch.tensor([[3.0, 4.0]]))
+    tensor([[1.5000, 2.0000]])
+    """
+
+    radius: ScheduledPositive = 3.0
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Return the nearest weight of norm at most `radius`, where that is a number."""
+        return ball(weight, Now().at(self.radius))
+
+    def bounded(self, model: nn.Module, now: Now) -> Iterator[tuple[Tensor, Tensor | float]]:
+        """Yield (weight, radius) of each layer."""
+        weights, radius = [weight for _, _, weight in self.targets(model, now)], now.at(self.radius)
+        by_layer = isinstance(radius, Tensor) and radius.dim() == 1
+        yield from zip(weights, radius if by_layer else [radius] * len(weights), strict=True)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def constrain(self, model: nn.Module, now: Now) -> None:
+        """Project each weight, in place."""
+        for weight, radius in self.bounded(model, now):
+            weight.copy_(ball(weight, radius))

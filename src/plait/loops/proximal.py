@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plait.catalogue import paper
 from plait.errors import BadInput, NonFinite
 from plait.loops.base import Bilevel, Flat, Loss, Problem, Tensors, is_pair, require_functions
 from plait.math.transport import require_positive, require_whole
 
 Project = Callable[[Any, Any], tuple[Any, Any]]
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """The numbers of the method: steps of (y, hyper), z, and (theta, lambda), proximities, and the penalty's growth."""
 
     step_size: float
@@ -30,7 +30,34 @@ class _Sizes:
     bounds: tuple[float, float]
 
 
-@paper("yao2024constrained", key="lv-hba", theme="bilevel")
+@dataclass(frozen=True)
+class Saddle:
+    """What follows the saddle of the proximal Lagrangian: theta, the multiplier l, its anchor z; and the step k."""
+
+    theta: Tensor
+    multiplier: Tensor
+    z: Tensor
+    number: int = 0
+
+    def follow(self, y: Tensor, slope: Tensor, values: Tensor, sizes: Sizes) -> Saddle:
+        """Return (theta, l) after a step, given f_y + l g_y and g at theta."""
+        near, slack = sizes.proximity
+        theta = self.theta - sizes.lower_step_size * (slope + (self.theta - y) / near)
+        lower = self.multiplier - sizes.lower_step_size * (-values + (self.multiplier - self.z) / slack)
+        return replace(self, theta=theta, multiplier=lower.clamp_min(sizes.bounds[0]))
+
+    def directions(self, y: Tensor, outer: Pair, inner: Pair, below: Tensor, sizes: Sizes) -> Pair:
+        """Return what (x, y) descends, given (F_x, F_y) and (f_x, f_y) there, and f_x + l g_x at theta."""
+        weight = sizes.penalty * (self.number + 1) ** sizes.growth
+        in_x = outer[0] / weight + inner[0] - below
+        return in_x, outer[1] / weight + inner[1] - (y - self.theta) / sizes.proximity[0]
+
+    def relax(self, sizes: Sizes) -> Saddle:
+        """Return the state at the end of a step, with z closer to l."""
+        z = (self.z + sizes.z_step_size * (self.multiplier - self.z) / sizes.proximity[1]).clamp(*sizes.bounds)
+        return replace(self, z=z, number=self.number + 1)
+
+
 def lv_hba(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -90,8 +117,32 @@ def lv_hba(
         raise BadInput(f"growth must be in (0, 0.5), not {growth}.")
     problem = Problem(inner_loss, outer_loss, Flat(params, "params"), Flat(hyper, "hyper"))
     bounds = (-multiplier_bound if equality else 0.0, multiplier_bound)
-    sizes = _Sizes(step_size, z_step_size, lower_step_size, proximity, penalty, growth, bounds)
+    sizes = Sizes(step_size, z_step_size, lower_step_size, proximity, penalty, growth, bounds)
     return _Descent(problem, constraint, project, project_params, sizes).run(steps, tolerance)
+
+
+def slopes(value: Tensor, *at: Tensor) -> Any:
+    """Return gradients, 0 where the value does not depend on an input."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(t) for t in at)
+    return torch.autograd.grad(value, at, allow_unused=True, materialize_grads=True)
+
+
+def bounded(problem: Problem, constraint: Loss, x: Tensor, y: Tensor) -> Tensor:
+    """Return g as a vector."""
+    value = constraint(problem.params.back(y), problem.hyper.back(x))
+    if not isinstance(value, Tensor):
+        raise BadInput("constraint must return a tensor, at most 0 where (params, hyper) are allowed.")
+    return value.reshape(-1)
+
+
+def lagrangian(problem: Problem, constraint: Loss, saddle: Saddle, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of f(x, theta) + l g(x, theta) in x and theta, and g."""
+    x, theta = x.clone().requires_grad_(), saddle.theta.clone().requires_grad_()
+    problem.evaluations += 1
+    values = bounded(problem, constraint, x, theta)
+    in_x, in_theta = slopes(problem.inner(theta, x) + saddle.multiplier.dot(values), x, theta)
+    return in_x, in_theta, values.detach()
 
 
 class _Descent:
@@ -103,21 +154,13 @@ class _Descent:
         constraint: Loss,
         project: Project,
         project_params: Callable[[Any], Any] | None,
-        sizes: _Sizes,
+        sizes: Sizes,
     ) -> None:
         self.problem, self.sizes, self.project_params = problem, sizes, project_params
         self.constraint, self.project = constraint, project
         self.y, self.x = self.projected(problem.params.start, problem.hyper.start)
-        self.theta = self.y.clone()
-        values = self.bounded(self.x, self.theta)
-        self.l, self.z = torch.zeros_like(values), torch.zeros_like(values)
-
-    def bounded(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return g as a vector."""
-        value = self.constraint(self.problem.params.back(y), self.problem.hyper.back(x))
-        if not isinstance(value, Tensor):
-            raise BadInput("constraint must return a tensor, at most 0 where (params, hyper) are allowed.")
-        return value.reshape(-1)
+        values = bounded(problem, constraint, self.x, self.y)
+        self.saddle = Saddle(self.y.clone(), torch.zeros_like(values), torch.zeros_like(values))
 
     def projected(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nearest (y, x) that is allowed."""
@@ -127,48 +170,32 @@ class _Descent:
         y, x = (Flat(part, "what project returns").start for part in pair)
         return y, x
 
-    def slopes(self, value: Tensor, *at: Tensor) -> tuple[Tensor, ...]:
-        """Return gradients, 0 where the value does not depend on an input."""
-        if not value.requires_grad:
-            return tuple(torch.zeros_like(t) for t in at)
-        return torch.autograd.grad(value, at, allow_unused=True, materialize_grads=True)
-
-    def lagrangian(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of f(x, theta) + l g(x, theta) in x and theta, and g."""
-        x, theta = x.clone().requires_grad_(), theta.clone().requires_grad_()
-        self.problem.evaluations += 1
-        values = self.bounded(x, theta)
-        in_x, in_theta = self.slopes(self.problem.inner(theta, x) + self.l.dot(values), x, theta)
-        return in_x, in_theta, values.detach()
-
-    def step(self, number: int) -> tuple[float, float, float]:
+    def step(self) -> tuple[float, float, float]:
         """Move everything once; return (the outer loss, the largest constraint, the movement of (x, y) / alpha)."""
-        sizes, (near, slack) = self.sizes, self.sizes.proximity
-        _, slope, values = self.lagrangian(self.x, self.theta)
-        theta = self.theta - sizes.lower_step_size * (slope + (self.theta - self.y) / near)
+        problem, constraint = self.problem, self.constraint
+        _, slope, values = lagrangian(problem, constraint, self.saddle, self.x)
+        self.saddle = self.saddle.follow(self.y, slope, values, self.sizes)
         if self.project_params is not None:
-            theta = Flat(self.project_params(self.problem.params.back(theta)), "what project_params returns").start
-        lower = self.l - sizes.lower_step_size * (-values + (self.l - self.z) / slack)
-        self.theta, self.l = theta, lower.clamp_min(sizes.bounds[0])
-        below, _, _ = self.lagrangian(self.x, self.theta)
+            theta = self.project_params(problem.params.back(self.saddle.theta))
+            self.saddle = replace(self.saddle, theta=Flat(theta, "what project_params returns").start)
+        below, _, _ = lagrangian(problem, constraint, self.saddle, self.x)
         x, y = self.x.clone().requires_grad_(), self.y.clone().requires_grad_()
-        outer, weight = self.problem.outer(y, x), sizes.penalty * (number + 1) ** sizes.growth
-        self.problem.evaluations += 1
-        in_x, in_y = self.slopes(outer / weight + self.problem.inner(y, x), x, y)
-        moved_x = self.x - sizes.step_size * (in_x - below)
-        moved_y = self.y - sizes.step_size * (in_y - (self.y - self.theta) / near)
-        moved_y, moved_x = self.projected(moved_y, moved_x)
-        far = torch.linalg.vector_norm(torch.cat([moved_x - self.x, moved_y - self.y])) / sizes.step_size
-        self.z = (self.z + sizes.z_step_size * (self.l - self.z) / slack).clamp(*sizes.bounds)
-        self.x, self.y = moved_x, moved_y
+        outer = problem.outer(y, x)
+        problem.evaluations += 1
+        pairs = slopes(outer, x, y), slopes(problem.inner(y, x), x, y)
+        in_x, in_y = self.saddle.directions(self.y, *pairs, below, self.sizes)
+        size = self.sizes.step_size
+        moved_y, moved_x = self.projected(self.y - size * in_y, self.x - size * in_x)
+        far = torch.linalg.vector_norm(torch.cat([moved_x - self.x, moved_y - self.y])) / size
+        self.saddle, self.x, self.y = self.saddle.relax(self.sizes), moved_x, moved_y
         return float(outer.detach()), float(values.max()) if len(values) else 0.0, float(far)
 
     def run(self, steps: int, tolerance: float) -> Bilevel:
         """Take the steps."""
         history: list[dict[str, float]] = []
         far = torch.inf
-        for number in range(steps):
-            outer, most, far = self.step(number)
+        for _ in range(steps):
+            outer, most, far = self.step()
             if not torch.isfinite(torch.tensor([outer, far])).all():
                 raise NonFinite("LV-HBA left the numbers: lower step_size and lower_step_size.")
             spent = float(self.problem.evaluations)

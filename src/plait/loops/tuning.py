@@ -32,10 +32,19 @@ def link(tuned: Tuned, raw: Tensor) -> Tensor:
     return tuned.low + (tuned.high - tuned.low) * raw.sigmoid()
 
 
+def unlink(tuned: Tuned, number: Tensor) -> Tensor:
+    """Return the raw number that stands for one between the ends: the inverse of `link`.
+
+    >>> unlink(Tuned(start=0.5, high=2.0), torch.tensor(1.0))
+    tensor(0.)
+    """
+    above = (number - tuned.low).log()
+    return above if math.isinf(tuned.high) else above - (tuned.high - number).log()
+
+
 def raw_start(tuned: Tuned) -> float:
-    """Return the raw number of the start: the inverse of `link`."""
-    above = math.log(tuned.start - tuned.low)
-    return above if math.isinf(tuned.high) else above - math.log(tuned.high - tuned.start)
+    """Return the raw number of the start."""
+    return float(unlink(tuned, torch.tensor(tuned.start, dtype=torch.float64)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
-"""Nearest points of sets: the sphere, and matrices of which n of every m entries are not zero."""
+"""Nearest points of sets: the sphere, the ball, the cone of balls, and matrices of which n of every m entries are not
+zero."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +18,33 @@ def sphere(weight: Tensor, radius: Tensor | float) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     scale: Tensor = radius / length.clamp_min(torch.finfo(torch.float32).tiny)
     return weight * scale.to(weight.dtype)
+
+
+def ball(weight: Tensor, radius: Tensor | float) -> Tensor:
+    """Return the nearest tensor of Frobenius norm at most `radius`; one inside the ball stays bitwise.
+
+    >>> ball(torch.tensor([3.0, 4.0]), 2.5), ball(torch.tensor([3.0, 4.0]), 6.0)
+    (tensor([1.5000, 2.0000]), tensor([3., 4.]))
+    """
+    length = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return weight if length <= radius else sphere(weight, radius)
+
+
+def cone(weights: Sequence[Tensor], radius: float) -> tuple[list[Tensor], float]:
+    """Return the nearest (tensors, radius) with |tensor|_F <= radius for each; of one tensor a second-order cone.
+
+    The radius is the mean of the given one and of the lengths above it; a tensor that is shorter stays bitwise.
+
+    >>> cone([torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])], 3.0)
+    ([tensor([2.4000, 3.2000]), tensor([1., 0.])], 4.0)
+    """
+    total, count = radius, 1
+    for length in sorted((float(torch.linalg.vector_norm(w.float())) for w in weights), reverse=True):
+        if length * count <= total:
+            break
+        total, count = total + length, count + 1
+    found = max(total / count, 0.0)
+    return [ball(weight, found) for weight in weights], found
 
 
 def largest_of_group(weight: Tensor, n: int, m: int) -> Tensor:
