@@ -163,14 +163,13 @@ class MuP(Method):
         last = [name for name, layer in layers(model) if not isinstance(layer, nn.Embedding)][-1:]
         return first, {name for name, layer in layers(model) if layer is found} or set(last)
 
-    def ratio(self, model: nn.Module, first: set[str]) -> tuple[int, float]:
+    def ratio(self, model: nn.Module, first: set[str], base: int) -> tuple[int, float]:
         """Return the model's width, and how many times the base's it is."""
-        assert isinstance(self.base, int)
         for name, layer in model.named_modules():
             if name in first:
                 width = layer.hidden_size if isinstance(layer, nn.RNNBase) else matrix_shape(layer)[0]
-                return width, width / self.base
-        return self.base, 1.0
+                return width, width / base
+        return base, 1.0
 
     def widths(self, model: nn.Module) -> dict[str, Width]:
         """Return how much wider each weight is than at the base, by name; a shared weight stands under each name."""
@@ -189,7 +188,8 @@ class MuP(Method):
                         raise BadInput(f"MuP: '{name}' has {p.dim()} dimensions, and {len(shape)} in base.")
                     grown = [size / before for size, before in zip(p.shape, shape, strict=True)]
                 else:
-                    grown = self.grown(name, leaf, layer, p, at in first, at in last, *self.ratio(model, first))
+                    size, times = self.ratio(model, first, self.base)
+                    grown = self.grown(name, leaf, layer, p, at in first, at in last, size, times)
                 if is_transformers_conv1d(layer) or isinstance(layer, nn.Embedding):
                     grown.reverse()  # [in, out]
                 wide = [size for size in grown if size != 1]

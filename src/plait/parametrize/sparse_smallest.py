@@ -77,7 +77,7 @@ class SaRA(Adapter):
 
     share: in (0, 1); the paper finds the smallest 0.1 to 0.2 of the weights to matter least. threshold: above 0 in
     place of a share; 0 for none. strength: at least 0. stages: 1 never closes an entry, 2 selects again once half-way.
-    Raises BadInput for a threshold below all weights of the targets.
+    Raises BadInput for a threshold below all weights of the targets, and for a share of weights that are all 0.
 
     >>> model = nn.Sequential(nn.Linear(6, 5))
     >>> SaRA(share=0.2).parametrize(model)
@@ -98,7 +98,13 @@ class SaRA(Adapter):
             return
         weights = [_weight(layer) for _, layer in self.targets(model)]
         count = max(int(self.share * sum(w.numel() for w in weights)), 1)
-        replace(self, threshold=nth_smallest(lambda: iter(weights), count)).parametrize(model)
+        threshold = nth_smallest(lambda: iter(weights), count)
+        if threshold == 0:
+            raise BadInput(
+                f"SaRA.share is {self.share}, and as many weights are 0, none of which could grow and stay open: give "
+                "more, or a threshold."
+            )
+        replace(self, threshold=threshold).parametrize(model)
 
     def build(self, layer: nn.Module, weight: Tensor) -> SmallestEntries:
         """Return the sparse matrix on top of one weight."""
