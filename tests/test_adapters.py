@@ -212,6 +212,58 @@ def test_tokens_are_mixed_only_where_each_is_known_to_be_of_its_row(experts: int
                 torch.testing.assert_close(mixed[row], out(model, x)[row])
 
 
+class Branches(nn.Module):
+    """Tokens [n, t, 8] of which one layer sees those that a gate likes, and another the rest; a head on the first."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.gate = how, nn.Linear(8, 1)
+        self.left, self.right, self.second, self.head = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 8)
+        likes = self.gate(flat)[:, 0] > 0
+        left, right = (side.nonzero().flatten() for side in (likes, ~likes))
+        output = torch.zeros_like(flat)
+        if self.how == "mask":
+            output[likes], output[~likes] = self.second(self.left(flat[likes]).relu()), self.right(flat[~likes])
+        elif self.how == "places":
+            output = output.index_add(0, left, self.second(self.left(flat.index_select(0, left)).relu()))
+            output.index_copy_(0, right, self.right(flat[right]))
+        else:
+            order = torch.cat([left, right])
+            one, other = flat[order].split([len(left), len(right)])
+            output = torch.cat([self.second(self.left(one).relu()), self.right(other)])[order.argsort()]
+        last = output.view(x.shape)[torch.arange(len(x)), [-1] * len(x)]
+        return self.head(last)
+
+
+@pytest.mark.parametrize("where", ["left", "second", "right", "head"])
+@pytest.mark.parametrize("how", ["mask", "places", "sort"])
+def test_rows_that_an_index_picked_are_not_mixed_whatever_their_layers_are_called(how: str, where: str) -> None:
+    """As many as the batch has they may be, of layers that are called nothing and stand in no list."""
+    base = Branches(how)
+    models = {name: trained(base, LoRA(rank=2, where=where), n) for n, name in enumerate(("a", "b"))}
+    adapters = Adapters(base)
+    for name, model in models.items():
+        adapters.add(name, model)
+    seen = 0
+    for seed in range(20):
+        x = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(seed))
+        left = int((base.gate(x.view(-1, 8)) > 0).sum())
+        seen += left == 2
+        if where == "head":
+            with adapters.mixed(["a", "b"]):
+                mixed = out(base, x)
+            for row, model in enumerate(models.values()):
+                torch.testing.assert_close(mixed[row], out(model, x)[row])
+        elif left in (1, 2, 3):
+            with adapters.mixed(["a", "b"]), pytest.raises(BadInput, match="vectors, which need not be the 2 rows"):
+                base(x)
+    assert seen > 3
+
+
 def test_rows_of_beams_follow_their_batch_row_in_generation() -> None:
     base = tiny_llama()
     models = {name: trained(base, LoRA(rank=2), n) for n, name in enumerate(("a", "b"))}

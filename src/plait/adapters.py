@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from plait.layers import unwrapped
 from plait.parametrize.bank import NONE, Bank, Choice, Copies, copies_of, drop_copies, keep_copies, routed_layers
 from plait.parametrize.base import attach, detach, stack
 from plait.parametrize.origin import origin_of, record_origin, refuse_another_base
+from plait.parametrize.picked import Picks
 from plait.parametrize.update import Update, cut_off, update_of
 
 
@@ -98,7 +99,8 @@ class Adapters:
 
         Rows run along the first dimension everywhere in the model; where a layer sees k times as many (beams), each
         name stands for k rows in turn. flat: whether that holds for layers that see vectors [n, in] too, more than
-        there are names (flattened tokens). It does not where experts see some of the tokens: they are refused.
+        there are names (flattened tokens). It does not where experts see some of the tokens: they are refused, be it
+        by their names or because an index picked their rows, which is not seen in compiled code.
         """
         backwards = next((n for n, m in self.model.named_modules() if getattr(m, "batch_first", True) is False), None)
         if backwards is not None:
@@ -111,7 +113,8 @@ class Adapters:
         self._choice.flat = flat or len(set(places)) == 1
         self._choice.rows = torch.tensor(places, device=self._choice.one.device)
         try:
-            yield
+            with nullcontext() if self._choice.flat else Picks(self.model):
+                yield
         finally:
             self._choice.rows, self._choice.flat = before
 

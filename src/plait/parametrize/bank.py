@@ -18,6 +18,7 @@ from plait.errors import BadInput
 from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix_shape, own_weight
 from plait.parametrize.base import Parametrization, be_called, be_read, stack
 from plait.parametrize.low_rank import adapter_dtype, low_rank_branch, without_padding
+from plait.parametrize.picked import picked
 from plait.parametrize.update import Factors
 
 NONE = 0
@@ -38,12 +39,13 @@ class Choice:
 
     def rows_of(self, layer: nn.Module, inputs: Tensor, name: str) -> Tensor:
         """Return the place for each row of a layer's inputs: those of the batch, each once or `k` times over, as beams
-        are. Of vectors [n, in] more than the batch has, or an expert's, nobody knows which rows they are of.
+        are. Of vectors [n, in] more than the batch has, picked out of others, or an expert's, nobody knows which rows
+        they are of.
         """
         assert self.rows is not None
         batch, count = len(self.rows), len(inputs)
         vectors = inputs.dim() <= (1 if isinstance(layer, nn.Embedding) else 2)
-        if vectors and count and not self.flat and (count != batch or name in self.routed):
+        if vectors and count and not self.flat and (count != batch or name in self.routed or picked(inputs)):
             raise BadInput(
                 f"'{name}' sees {count} vectors, which need not be the {batch} rows in turn (experts see some of the "
                 "tokens): switch instead, or give `mixed` flat=True if no layer picks among them."
