@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
+from numba.core.cgutils import alloca_once
 from numba.extending import intrinsic
 
-from plait.math.storage import UNIFORM
+from plait.math.storage import BLOCK, UNIFORM
 
 HOW: dict[str, Any] = {"fastmath": {"contract", "arcp", "afn", "nsz", "reassoc"}, "error_model": "numpy"}
 """Reordering and approximate division are allowed; NaN and infinity keep their meaning. With Python's checks for
 division by zero the loops would not be vectorized: hence error_model."""
+INLINE: dict[str, Any] = {**HOW, "forceinline": True}
+"""For what is called once a block: a call would cost as much as a dozen elements."""
 
 WORD = ir.IntType(32)
 ZERO, ONE, TWO = np.int32(0), np.int32(1), np.int32(2)
@@ -28,6 +31,8 @@ MANTISSA = np.int32(23)
 FRACTION, UNIT = np.int32(0x7FFFFF), np.int32(0x3F800000)
 POSITIVE, INFINITE, SIGN = np.int32(0x7FFFFFFF), np.int32(0x7F800000), np.int32(128)
 F0, F1, PART = np.float32(0), np.float32(1), np.float32(UNIFORM)
+LEAST = np.float32(2**-126)
+"""A smaller number has no inverse in float32."""
 
 
 def _address(kind: Any) -> Any:
@@ -46,6 +51,27 @@ def _address(kind: Any) -> Any:
 floats_at, halves_at, bytes_at = _address(types.float32), _address(types.int16), _address(types.uint8)
 
 
+def _block(kind: Any) -> Any:
+    """Return a function () -> pointer to a block of numbers of that kind, which lasts as long as its caller runs.
+
+    It begins with a line of the cache: whole vectors that straddle two lines are read and written at half the speed.
+    """
+
+    @intrinsic
+    def block(context: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            place = alloca_once(builder, ir.ArrayType(context.get_value_type(kind), BLOCK))
+            place.align = 64
+            return builder.bitcast(place, context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(), code
+
+    return block
+
+
+float_block, word_block = _block(types.float32), _block(types.int32)
+
+
 def _word(name: str) -> Any:
     """Return an operation on two words of 32 bits that stays in 32 bits."""
 
@@ -62,6 +88,16 @@ def _word(name: str) -> Any:
 add, subtract, multiply = _word("add"), _word("sub"), _word("mul")
 both, either, differ = _word("and_"), _word("or_"), _word("xor")
 left, right = _word("shl"), _word("lshr")
+
+
+@intrinsic
+def unsigned_larger(context: Any, one: Any, other: Any) -> Any:
+    """Return the larger of two words, taken as whole numbers without a sign."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(builder.icmp_unsigned(">", *arguments), *arguments)
+
+    return types.int32(types.int32, types.int32), code
 
 
 @intrinsic
@@ -146,80 +182,99 @@ def _code(signed: bool) -> tuple[int, int, float, float]:
     return exponents, shift, 2.0**shift, 1 - (1 - 0.5**shift) / 2**exponents
 
 
-def _exponent(power: int) -> Any:
-    """Return a power of two's place in a float32's bits, as a word; sums of such may wrap around."""
-    bits = (power << 23) & 0xFFFFFFFF
-    return np.int32(bits - (1 << 32) if bits >> 31 else bits)
+def _field(exponent: int) -> Any:
+    """Return the bits of a float32 whose exponent is kept as that number, 127 more than it is, as a word."""
+    return np.int32(exponent << 23)
 
 
 def _decoder(with_sign: bool) -> Any:
-    """Return a function (codes, scale, values) that fills values with what codes mean."""
-    exponents, shift, base, _ = _code(with_sign)
-    mask, offset = np.int32(127 if with_sign else 255), _exponent(127 - (127 + exponents) * shift)
-    part = np.float32(1 / base)
+    """Return a function (codes, scale, values) that fills values with what codes mean.
 
-    @njit(**HOW)
+    With c = code / 2^exponents and p the power of two below it, a code means p^(bits - 1) ((1 - 1/base) c + start p).
+    """
+    exponents, _, base, _ = _code(with_sign)
+    mask, part = np.int32(127 if with_sign else 255), np.float32(1 / base)
+    above = 23 - exponents  # the last bit of a float32 of size 2^above is 2^-exponents
+    ruler, ruler_bits = np.float32(2.0**above), _field(127 + above)
+
+    @njit(**INLINE)
     def decode(codes: Any, scale: Any, values: Any) -> None:
         slope = scale - scale * part
         start = scale * part - slope
         for i in range(codes.size):
             stored = word_of(codes[i])
-            code = both(stored, mask)
-            bits = bits_of(np.float32(code))
-            place = both(bits, INFINITE)
-            place = add(place, left(place, ONE)) if with_sign else left(place, TWO)  # times shift
-            value = float_of(add(place, offset)) * (start + slope * float_of(either(both(bits, FRACTION), UNIT)))
-            value = value if code != ZERO else F0
+            code = float_of(either(both(stored, mask), ruler_bits)) - ruler
+            power = float_of(both(bits_of(code), INFINITE))  # 0 where the code is
+            value = (slope * code + start * power) * (power * power)
             if with_sign:
                 value = float_of(either(bits_of(value), left(both(stored, SIGN), np.int32(24))))
+            else:
+                value = value * power
             values[i] = value
 
     return decode
 
 
-def _encoder(with_sign: bool) -> Any:
-    """Return a function (values, largest magnitude, random words, which 16 bits of them, codes) that fills codes."""
-    exponents, shift, base, value_of_largest = _code(with_sign)
-    top, small = np.float32(value_of_largest), np.float32(base ** (exponents + 1))
-    rise, start = np.float32(base / (base - 1)), np.float32(1 - 1 / (base - 1))
-    lowest, high = _exponent(shift * (exponents + 1) - 127), _exponent(shift * exponents + 127)
+def _signed_encoder() -> Any:
+    """Return a function (values, largest magnitude, random words, which 16 bits of them, codes) that fills codes.
 
-    @njit(**HOW)
+    A size of k = floor(log8(size)) + 7 >= 0 has the code 2^k (rise size / 8^(k - 6) + start), a smaller one 8^7 size.
+    """
+    _, _, base, value_of_largest = _code(True)
+    first = 35  # a half of 8^-7, the size at which k = 0, has the exponent 3 * 35
+    top, lowest, small = np.float32(value_of_largest / 2), np.float32(base**-7 / 2), np.float32(2 * base**7)
+    rise, start = np.float32(2 * base / (base - 1)), np.float32((1 - 1 / (base - 1)) * 2.0 ** (127 - first))
+    high, third = _field(127 + 18 + 2 * first), np.int32((1 << 16) // 3 + 1)  # third n >> 16 is n // 3
+
+    @njit(**INLINE)
     def encode(values: Any, most: Any, random: Any, which: Any, codes: Any) -> None:
-        inverse = top / most if most != F0 else F0
+        scale = top / max(most, LEAST)
+        slope = scale * rise
         for i in range(codes.size):
             bits = bits_of(values[i])
-            magnitude = both(bits, POSITIVE)
-            size = float_of(magnitude) * inverse
-            steps = add(bits_of(size), lowest)
-            above = np.int32(max(steps, ZERO))
-            if with_sign:  # 86 n >> 8 is n // 3
-                k = both(left(multiply(right(above, MANTISSA), np.int32(86)), np.int32(15)), INFINITE)
-                power = subtract(high, left(k, ONE))
-            else:
-                k = both(right(above, TWO), INFINITE)
-                power = subtract(high, add(k, left(k, ONE)))
-            place = rise * float_of(power) * size + start * float_of(add(k, UNIT))
-            if with_sign:
-                place = place if steps >= ZERO else size * small
-            uniform = np.float32(both(right(random[i], which), LOW)) * PART
-            code = np.int32(place + uniform)
-            if with_sign:
-                code = either(code, both(right(bits, np.int32(24)), SIGN))
-            else:
-                code = np.int32(max(code, ONE))
-                code = code if magnitude != ZERO else ZERO
-            codes[i] = byte_of(code)
+            magnitude = float_of(both(bits, POSITIVE))
+            half = magnitude * scale
+            power = both(multiply(right(bits_of(half), HALF), third), INFINITE)  # an exponent of first + k
+            place = magnitude * slope * float_of(subtract(high, add(power, power))) + start * float_of(power)
+            place = half * small if half < lowest else place
+            code = np.int32(place + np.float32(both(right(random[i], which), LOW)) * PART)
+            codes[i] = byte_of(either(code, both(right(bits, np.int32(24)), SIGN)))
+
+    return encode
+
+
+def _positive_encoder() -> Any:
+    """Return a function (values, largest one, random words, which 16 bits of them, codes) that fills codes.
+
+    A size of k = floor(log16(size)) + 8 >= 0 has the code 2^k (rise size / 16^(k - 7) + start), a smaller one 1.
+    """
+    _, _, base, value_of_largest = _code(False)
+    first = 24  # twice 16^-8, the size at which k = 0, has the exponent 4 * 24
+    top, lowest = np.float32(2 * value_of_largest), np.float32(2 * base**-8)
+    rise = np.float32(base / (base - 1) * base**7 / 2 ** (first + 1))
+    start = np.float32((1 - 1 / (base - 1)) / 2**first)
+    inside, of_lowest = np.int32((1 << 25) - 1), _field(4 * first)
+
+    @njit(**INLINE)
+    def encode(values: Any, most: Any, random: Any, which: Any, codes: Any) -> None:
+        scale = top / max(most, LEAST)
+        for i in range(codes.size):
+            bits = bits_of(max(values[i] * scale, lowest))
+            rest = float_of(either(both(bits, inside), of_lowest))  # size / 16^k
+            power = both(right(bits, TWO), INFINITE)  # an exponent of first + k
+            place = float_of(add(bits_of(rise * rest + start), power))
+            code = np.int32(place + np.float32(both(right(random[i], which), LOW)) * PART)
+            codes[i] = byte_of(code if values[i] != F0 else ZERO)
 
     return encode
 
 
 decode_signed, decode_positive = _decoder(True), _decoder(False)
-encode_signed, encode_positive = _encoder(True), _encoder(False)
+encode_signed, encode_positive = _signed_encoder(), _positive_encoder()
 TOP_SIGNED, TOP_POSITIVE = np.float32(_code(True)[3]), np.float32(_code(False)[3])
 
 
-@njit(**HOW)
+@njit(**INLINE)
 def unpack(codes: Any, scale: Any, values: Any) -> None:
     """Fill values with what the 8-bit codes of one block mean; a scale below 0 says that they have signs."""
     if bits_of(scale) < ZERO:
@@ -228,34 +283,25 @@ def unpack(codes: Any, scale: Any, values: Any) -> None:
         decode_positive(codes, scale, values)
 
 
-@njit(**HOW)
-def extent(values: Any) -> tuple[Any, Any]:
-    """Return the largest magnitude of a block, and whether a number in it is below 0."""
-    most, below = ZERO, ZERO
-    for i in range(values.size):
-        bits = bits_of(values[i])
-        size = both(bits, POSITIVE)
-        most = max(most, size)
-        below = either(below, both(bits, subtract(ZERO, size)))
-    return float_of(most), below < ZERO
+@njit(**INLINE)
+def reach(most: Any, least: Any, value: Any) -> tuple[Any, Any]:
+    """Return the bits of the largest positive number and of the most negative one, so far: 0 where there is none.
+
+    As whole numbers, bits are in the order of magnitudes, and without a sign those of numbers below 0 are the largest.
+    """
+    return max(most, bits_of(value)), unsigned_larger(least, bits_of(value))
 
 
-@njit(**HOW)
-def draw(key: Any, random: Any) -> None:
-    """Fill `random` with the words of consecutive elements, the first of which has that key."""
-    for i in range(random.size):
-        random[i] = hashed(key, i)
-
-
-@njit(**HOW)
-def pack(values: Any, codes: Any, random: Any, which: Any) -> Any:
+@njit(**INLINE)
+def pack(values: Any, most: Any, least: Any, codes: Any, random: Any, which: Any) -> Any:
     """Fill the 8-bit codes of one block, rounded by 16 of the random bits (from 0 or 16 on); return its scale."""
-    most, signed = extent(values)
-    if signed:
-        encode_signed(values, most, random, which, codes)
-        return -most / TOP_SIGNED
-    encode_positive(values, most, random, which, codes)
-    return most / TOP_POSITIVE
+    below = both(least, POSITIVE) if least < ZERO else ZERO
+    largest = float_of(max(most, below))
+    if below > ZERO:
+        encode_signed(values, largest, random, which, codes)
+        return -largest / TOP_SIGNED
+    encode_positive(values, largest, random, which, codes)
+    return largest / TOP_POSITIVE
 
 
 @njit(error_model="numpy", fastmath={"contract"})

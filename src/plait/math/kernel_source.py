@@ -26,8 +26,8 @@ from numba import carray, njit
 from numpy import abs, empty, float32, int32, int64, maximum, minimum, sign, sqrt
 
 from plait.math.kernel_functions import (
-    HALF, HOW, LOW, ZERO, add, both, bytes_at, draw, drawn, exp, floats_at, halves_at, hashed, narrowed, pack, right,
-    unpack, widened, word_of,
+    HALF, HOW, LOW, ZERO, both, bytes_at, drawn, exp, float_block, floats_at, halves_at, hashed, narrowed, pack, reach,
+    right, unpack, widened, word_block, word_of,
 )
 
 
@@ -229,6 +229,7 @@ class Text:
             if kind == "8bit":
                 lines.append(f"{name}_scale = carray(floats_at(items[item, {place}] + 4 * number), 1)")
                 lines.append(f"unpack({held}, {name}_scale[0], {name})")
+                lines.append(f"{name}_most = {name}_least = ZERO")
                 place += 1
         return textwrap.indent("\n".join(lines), " " * 12)
 
@@ -247,11 +248,14 @@ class Text:
         lines = []
         for n, name in enumerate(self.rule.states):
             value = f"new[{1 + n}]"
+            if self.layout.states != "float32" and n % 2 == 0:
+                random = "random" if self.layout.states == "bfloat16" else f"random{n // 2}[i]"
+                lines.append(f"{random} = hashed(key{n // 2}, first + begin + i)")
             if self.layout.states == "bfloat16":
-                if n % 2 == 0:
-                    lines.append(f"random = hashed(key{n // 2}, first + begin + i)")
                 value = f"drawn({value}, {'right(random, HALF)' if n % 2 else 'both(random, LOW)'})"
             lines.append(f"{name}[i] = {value}")
+            if self.layout.states == "8bit":
+                lines.append(f"{name}_most, {name}_least = reach({name}_most, {name}_least, {value})")
         return textwrap.indent("\n".join(lines), " " * 16)
 
     def pack(self) -> str:
@@ -260,10 +264,9 @@ class Text:
             return ""
         lines = []
         for n, name in enumerate(self.rule.states):
-            if n % 2 == 0:
-                lines.append(f"draw(add(key{n // 2}, word_of(first + begin)), random[:size])")
             which = "HALF" if n % 2 else "ZERO"
-            lines.append(f"{name}_scale[0] = pack({name}[:size], {name}_codes, random[:size], {which})")
+            reached = f"{name}_most, {name}_least"
+            lines.append(f"{name}_scale[0] = pack({name}, {reached}, {name}_codes, random{n // 2}, {which})")
         return textwrap.indent("\n".join(lines), " " * 12)
 
     def moved(self, direction: str) -> str:
@@ -319,9 +322,12 @@ def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> st
     elements = ", ".join([*reads, *step.constants, *step.of_norm])
     numbers = [f"{s} = scalars[row, {3 + n}]" for n, s in enumerate(rule.scalars)]
     numbers += [f"{name} = float32({expression})" for name, expression in (step.constants | inner.constants).items()]
-    numbers += [f"key{n} = hashed(key, {n})" for n in range((len(rule.states) + 1) // 2)]
-    scratch = [f"{state} = empty(256, float32)" for state in rule.states] if layout.states == "8bit" else []
-    scratch += ["random = empty(256, int32)"] if scratch else []
+    pairs = range((len(rule.states) + 1) // 2)
+    numbers += [f"key{n} = hashed(key, {n})" for n in pairs]
+    scratch = []
+    if layout.states == "8bit":
+        scratch += [f"{state} = carray(float_block(), 256)" for state in rule.states]
+        scratch += [f"random{n} = carray(word_block(), 256)" for n in pairs]
     scratch += [f"stash = empty(min({STASH}, items[:, 1].max()), float32)"] if rule.trust is not None else []
     run = RUN.format(
         scratch=textwrap.indent("\n".join(scratch), " " * 4),
