@@ -63,8 +63,8 @@ def test_a_run_takes_the_steps_of_the_function() -> None:
     (x, y), (v, z) = ((x, (y > 0).long()) for x, y in (data(0, 40), data(1, 50)))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 4), nn.Tanh(), nn.Linear(4, 2))
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     names = ["0.weight", "2.weight"]
+    start = {n: ball(p.detach(), 0.4) if n in names else p.detach().clone() for n, p in model.named_parameters()}
 
     def predict(w: dict[str, Tensor], inputs: Tensor) -> Tensor:
         return torch.tanh(inputs @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
@@ -74,7 +74,7 @@ def test_a_run_takes_the_steps_of_the_function() -> None:
         return F.cross_entropy(predict(w, x), y) + h[0].exp() * decay
 
     def inside(w: dict[str, Tensor], h: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Three cones: one for each layer's own radius."""
+        """A cone for each layer's own radius."""
         pairs = [cone([w[name]], float(h[1 + i])) for i, name in enumerate(names)]
         moved = w | {name: pair[0][0] for name, pair in zip(names, pairs, strict=True)}
         return moved, torch.stack([h[0], *(torch.tensor(pair[1]) for pair in pairs)])
@@ -83,18 +83,17 @@ def test_a_run_takes_the_steps_of_the_function() -> None:
     theirs = lv_hba(
         inner,
         lambda w: F.cross_entropy(predict(w, v), z),
-        {n: inside(start, torch.tensor([0.0, 0.4, 0.4]))[0][n] for n in start},
+        start,
         torch.tensor([torch.tensor(0.02).log(), 0.4, 0.4]),
         lambda w, h: torch.stack([torch.linalg.vector_norm(w[n]) - h[1 + i] for i, n in enumerate(names)]),
-        lambda w, h: inside(w, h),
+        inside,
         steps=12,
         penalty=2.0,
         growth=0.2,
         **sizes,
     )
-    model.load_state_dict(inside(start, torch.tensor([0.0, 0.4, 0.4]))[0])
     tuner = LVHBA(first_weight=2.0, growth=0.2, **sizes)
-    methods: list[Method] = [L2(strength=Tuned(start=0.02)), tuner, NormBall(radius=EACH), SGD(lr=0.2)]
+    methods: list[Method] = [L2(strength=Tuned(start=0.02)), tuner, NormBall(radius=EACH), SGD(lr=0.2, momentum=0.0)]
     run = train(model, (x, y), methods=methods, validation=(v, z), steps=12, batch_size=64)
     found = numbers(run)
     assert found["L2.strength"] == pytest.approx(float(theirs.hyper[0].exp()), rel=1e-4)
@@ -123,9 +122,9 @@ def test_the_best_radius_of_constrained_regression_is_found(start: float) -> Non
     losses = {radius: judged(radius) for radius in torch.linspace(0.05, 4.0, 40).tolist()}
     best, free = min(losses, key=losses.__getitem__), max(losses)
     assert losses[best] < 0.9 * losses[free]
-    sizes: dict[str, Any] = {"step_size": 0.05, "z_step_size": 0.05, "lower_step_size": 0.05, "proximity": (5.0, 5.0)}
+    sizes: dict[str, Any] = {"step_size": 0.05, "z_step_size": 0.05, "lower_step_size": 0.05}
     torch.manual_seed(0)
-    methods = [LVHBA(first_weight=2.0, **sizes), NormBall(radius=Tuned(start=start)), SGD(lr=0.05)]
+    methods = [LVHBA(first_weight=0.2, **sizes), NormBall(radius=Tuned(start=start)), SGD(lr=0.05, momentum=0.0)]
     model = nn.Linear(20, 1, bias=False)
     run = train(model, (x, y), methods=methods, validation=(v, z), steps=1500, batch_size=400)
     radius = numbers(run)["NormBall.radius"]

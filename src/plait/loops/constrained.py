@@ -17,7 +17,7 @@ from plait.loops.base import Flat, Loss, Problem, as_tensors, from_tensors
 from plait.loops.proximal import Saddle, Sizes, bounded, lagrangian, slopes
 from plait.loops.tensors import losses
 from plait.loops.tuning import FURTHEST, DerivativeTuner, Knob, knobs, link, set_numbers, unlink
-from plait.math.projections import cone
+from plait.math.projections import ball, cone
 from plait.method import Ask, Method, Now, method
 
 Growth = Annotated[float, AfterValidator(Range(0, 0.5, closed="()"))]
@@ -38,7 +38,7 @@ class LVHBA(DerivativeTuner):
     which f must have a derivative: strengths of penalties, label smoothing and other terms of the loss. A radius moves
     only while its ball is in the way of its weight: start from small ones.
 
-    The step of w is the run's own: with SGD of the rate alpha on whole batches it is the paper's. step_size: alpha;
+    The step of w is the run's own: with SGD(lr=alpha, momentum=0) on whole batches it is the paper's. step_size: alpha;
     z_step_size: beta; lower_step_size: eta; proximity: (gamma_1, gamma_2); penalty, growth: of c_k = penalty (k + 1)^
     growth; multiplier_bound: of z. warmup: steps before the first. A step costs three further gradients and one of F.
     Keeps theta: one further copy of the trained weights. Stands before the balls in the list. Raises BadInput without a
@@ -50,7 +50,7 @@ class LVHBA(DerivativeTuner):
     >>> from plait.step.momentum import SGD
     >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     >>> data, tuner = (x, x.sum(1)), LVHBA(step_size=0.1, lower_step_size=0.1)
-    >>> methods = [tuner, NormBall(radius=Tuned(start=0.5)), SGD(lr=0.1)]
+    >>> methods = [tuner, NormBall(radius=Tuned(start=0.5)), SGD(lr=0.1, momentum=0.0)]
     >>> run = train(torch.nn.Linear(3, 1), data, methods=methods, validation=data, steps=100)
     >>> run.measures[repr(tuner)][-1]["NormBall.radius"] > 1.0
     True
@@ -111,6 +111,8 @@ class LVHBA(DerivativeTuner):
             ]
             return torch.stack(values) if values else x.new_zeros(0)
 
+        if "theta" not in memory:
+            self._enter(model, now, found, x)
         pair = losses(model, now, found, [now.batch], lambda module: now.validate(module, number))
         problem = Problem(*pair, Flat(trained, "the model"), Flat(x, "the numbers"))
         y = problem.params.start.to(torch.promote_types(problem.params.start.dtype, torch.float32))
@@ -127,6 +129,13 @@ class LVHBA(DerivativeTuner):
             y, (still[0], upper), (in_x, still[1]), below, sizes
         )
         memory |= as_tensors(saddle)
+
+    @torch.no_grad()
+    def _enter(self, model: nn.Module, now: Now, found: Sequence[Knob], x: Tensor) -> None:
+        """Bring the weights into their balls."""
+        for row, weights in self.balls(model, now, found).items():
+            for weight in weights:
+                weight.copy_(ball(weight, float(x[row])))
 
     def _begin(
         self,
