@@ -251,6 +251,8 @@ def test_rows_that_an_index_picked_are_not_mixed_whatever_their_layers_are_calle
     seen = 0
     for seed in range(20):
         x = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(seed))
+        with adapters.mixed(["a", "b"]):  # what is picked outside the model is the batch
+            assert base.head(x[:, 0][[1, 0]]).shape == base.second(x.view(4, 8)[:2]).shape == (2, 8)
         left = int((base.gate(x.view(-1, 8)) > 0).sum())
         seen += left == 2
         if where == "head":

@@ -5,7 +5,9 @@ Of such a tensor nobody knows which rows of the batch its own belong to, though 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,16 +29,23 @@ PARTED = ("getitem", "narrow", "split", "split_with_sizes", "chunk", "tensor_spl
 """Functions that return some of a tensor's rows, by their places."""
 
 
+CALLED = nn.Module._call_impl.__code__
+"""What runs while a module is called."""
+
+
 class Picks(TorchFunctionMode):
-    """While it is entered, marks what torch's functions make of some of a matrix' rows, or of rows out of their turn.
+    """While it is entered, marks what a model makes of some of a matrix' rows, or of rows out of their turn.
 
     An index of each row in turn picks nothing, nor does one into a model's own parameters and buffers (tables of
     positions). Written back to their places, or of three dimensions, rows are those of the batch again. Code that is
     compiled, and what mixes rows by a product, goes unseen.
 
-    >>> x = torch.randn(3, 2)
-    >>> with Picks(nn.Linear(2, 2)):
-    ...     y, z = x[torch.tensor([2, 0])].relu(), x[torch.arange(3)].relu()
+    >>> class Routed(nn.Module):
+    ...     def forward(self, x, index):
+    ...         return x[index].relu()
+    >>> x, index = torch.randn(3, 2), torch.tensor([2, 0])
+    >>> with Picks(model := Routed()):
+    ...     y, z = model(x, index), model(x[index], torch.arange(2))
     >>> picked(y), picked(z), picked(x)
     (True, False, False)
     """
@@ -44,6 +53,7 @@ class Picks(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.tables = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self.parts = {id(part) for part in model.modules()}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function, and mark what it returns."""
@@ -52,10 +62,19 @@ class Picks(TorchFunctionMode):
         if flat and not traced():
             name = getattr(function, "__name__", "").strip("_")
             given = args[:1] if name in RETURNED else (*args, *(kwargs or {}).values())
-            if any(map(picked, _tensors(given))) or self._picks(name, args, kwargs or {}, flat):
+            if any(map(picked, _tensors(given))) or (self._picks(name, args, kwargs or {}, flat) and self._inside()):
                 for tensor in flat:
                     setattr(tensor, MARK, True)
         return made
+
+    def _inside(self) -> bool:
+        """Say whether the model itself is at work: what is picked before it is called is the batch."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code is CALLED and id(frame.f_locals.get("self")) in self.parts:
+                return True
+            frame = frame.f_back
+        return False
 
     def _picks(self, name: str, args: Any, named: Any, made: list[Tensor]) -> bool:
         """Say whether a function picks rows, and not all of them in turn."""
