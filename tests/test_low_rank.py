@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from plait.errors import BadInput
+from plait.math.moments import step_moments
 from plait.math.subspace import (
     captured,
     cosine_matrix,
@@ -211,6 +213,54 @@ def test_resumes_bitwise_with_its_projector_whatever_the_order_of_the_parameters
         assert set(projectors) == set("abc")
         go(rest, again, range(cut, 12))
         assert all(torch.equal(whole[name], rest[name]) for name in start)
+
+
+def large_gradients(steps: int, shape: tuple[int, int] = (300, 500)) -> list[Tensor]:
+    """Of a matrix that is large enough for the compiled kernel and for oneDNN's products."""
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=draw) for _ in range(steps)]
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((31, 24), 3), ((500, 300), 40)])
+def test_a_checkpoint_that_keeps_no_strides_goes_on_bitwise(shape: tuple[int, int], rank: int) -> None:
+    gradients = large_gradients(5, shape)
+
+    def go(optimizer: torch.optim.Optimizer, p: nn.Parameter, steps: list[Tensor]) -> None:
+        for g in steps:
+            p.grad = g.clone()
+            optimizer.step()
+
+    whole = nn.Parameter(torch.zeros(shape))
+    optimizer = GaLore([whole], lr=0.1, rank=rank, period=3)
+    go(optimizer, whole, gradients[:2])
+    part = nn.Parameter(whole.detach().clone())
+    again, saved = GaLore([part], lr=0.1, rank=rank, period=3), copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["projector"] = saved["state"][0]["projector"].contiguous()
+    again.load_state_dict(saved)
+    go(optimizer, whole, gradients[2:])
+    go(again, part, gradients[2:])
+    assert torch.equal(whole, part)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_compiled_moments_are_adams(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    gradients = large_gradients(4)
+    held, slow = (
+        [torch.zeros(300, 500) for _ in range(2)],
+        [torch.zeros(300, 500, dtype=torch.float64) for _ in range(2)],
+    )
+    for g in gradients:
+        found = step_moments(g, *held, (0.9, 0.999), 1e-6)
+        slow[0] = 0.9 * slow[0] + 0.1 * g.double()
+        slow[1] = 0.999 * slow[1] + 0.001 * g.double() ** 2
+    torch.set_num_threads(before)
+    for a, b in zip(held, slow, strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-6, atol=1e-6)
+    # Where gradients cancel, the mean's rounding of 1e-7 is divided by a square root of 0.03.
+    assert torch.allclose(found.double(), slow[0] / (slow[1].sqrt() + 1e-6), rtol=1e-6, atol=1e-5)
+    assert step_moments(gradients[0].double(), *slow, (0.9, 0.999), 1e-6).dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,6 +21,8 @@ from plait.catalogue import paper
 from plait.errors import BadInput, did_you_mean
 from plait.fields import Count, CountByName, NonNegative, Positive, Probability, Range, ScheduledNonNegative, SizeByName
 from plait.layers import matches_weight
+from plait.math.moments import step_moments
+from plait.math.products import product
 from plait.math.subspace import cosine_matrix, cosine_rows, exact_rows, ranged_rows, tracked_rows
 from plait.math.svd import OVERSAMPLE, leading_rows
 from plait.math.update_rule import exact
@@ -154,9 +156,7 @@ class LowRank(Rule):
                 if name not in state:
                     state[name] = inside.new_zeros(inside.shape)
             beta1, beta2 = group["betas"]
-            state["exp_avg"].lerp_(inside, 1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(inside, inside, value=1 - beta2)
-            normalized = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"])
+            normalized = step_moments(inside, state["exp_avg"], state["exp_avg_sq"], group["betas"], group["eps"])
             rate = float(group["lr"]) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
             if group["weight_decay"]:
                 lying.mul_(1 - float(group["lr"]) * group["weight_decay"])
@@ -175,7 +175,7 @@ class LowRank(Rule):
     def project(self, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], number: int) -> Tensor:
         """Return R = P^T G [rank, n] of a gradient [m, n], after choosing P anew where it is time to."""
         if not self.refreshes(state["step"], group, number):
-            return self.projector(gradient, state).T @ gradient
+            return product(self.projector(gradient, state).T, gradient)
         rank, kind = group["rank"], group["subspace"]
         if kind == "cosines":
             state["columns"], inside = cosine_rows(gradient, rank)
@@ -189,14 +189,16 @@ class LowRank(Rule):
         elif kind == "sketched" or "projector" not in state:
             projector, inside = leading_rows(gradient, rank, group["sketch"])
         else:
-            projector, inside = tracked_rows(gradient, state["projector"])
-        state["projector"] = projector.contiguous()  # as a checkpoint brings it back: products round by their strides
+            projector, inside = tracked_rows(gradient, self.projector(gradient, state))
+        state["projector"] = column_after_column(projector)
         return inside
 
     def projector(self, matrix: Tensor, state: dict[str, Any]) -> Tensor:
         """Return P [m, rank] for a matrix of m rows."""
         if "columns" in state:
             return cosine_matrix(len(matrix), matrix.dtype, matrix.device)[:, state["columns"]]
+        if not state["projector"].T.is_contiguous():
+            state["projector"] = column_after_column(state["projector"])
         kept: Tensor = state["projector"]
         return kept
 
@@ -297,6 +299,14 @@ class Fira(LowRank):
         normalized = normalized.mul_(group["scale"]).addcmul_(inside, scaling, value=-1)
         weight.addmm_(self.projector(weight, state), normalized, alpha=-rate)
         weight.addcmul_(gradient, scaling, value=-rate)
+
+
+def column_after_column(matrix: Tensor) -> Tensor:
+    """Return a matrix whose columns lie one after another in memory, as both products read P.
+
+    A checkpoint may bring them back row after row, and products round by where their numbers lie.
+    """
+    return matrix.T.contiguous().T
 
 
 def _column_squares(matrix: Tensor) -> Tensor:
