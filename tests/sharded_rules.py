@@ -13,12 +13,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from plait.checkpoint import load_optimizer, optimizer_state
 from plait.errors import BadInput
 from plait.sharding import full, is_sharded, leave, like
+from plait.step.layerwise import LARS
 from plait.step.momentum import SGD
+from plait.step.scale_invariant import SGDP
 from rules import RULES, made
 
 STEPS = 4
@@ -84,6 +86,26 @@ def partial_gradients(fused: bool) -> list[torch.Tensor]:
     return [full(weight.detach()) for weight in weights]
 
 
+def extreme_gradients() -> float:
+    """The largest relative difference of a step whose norms only float64 holds, sharded and not, rows or columns."""
+    draw = torch.Generator().manual_seed(0)
+    start, unit = torch.randn(7, 6, generator=draw), torch.randn(7, 6, generator=draw)
+    tangent = unit - (unit * start).sum(1, keepdim=True) / start.square().sum(1, keepdim=True) * start
+    mesh, differences = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    for rule, gradient in [(LARS, unit), (SGDP, tangent), (SGDP, unit - unit.mean() + start)]:
+        for size in (1e25, 1e-35):
+            weights = [nn.Parameter(start.clone())]
+            weights += [nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(dim)])) for dim in (0, 1)]
+            optimizer = rule(weights, lr=0.1 if rule is LARS else 0.1 / size)
+            for weight in weights:
+                weight.grad = like(size * gradient, weight)
+            optimizer.step()
+            alone, *together = (full(weight.detach()) for weight in weights)
+            assert (alone - start).abs().max() > 0.01
+            differences += [float((alone - other).abs().max() / alone.abs().max()) for other in together]
+    return max(differences)
+
+
 def main() -> None:
     """Print the largest difference of each rule, or the sentence that refuses it."""
     dist.init_process_group("gloo")
@@ -99,6 +121,7 @@ def main() -> None:
             found[f"{key} {states}"] = max(float((alone[n] - together[n]).abs().max()) for n in alone)
     ends = zip(partial_gradients(True), partial_gradients(False), strict=True)
     found["partial gradients"] = max(float((one - other).abs().max()) for one, other in ends)
+    found["extreme gradients"] = extreme_gradients()
     if dist.get_rank() == 0:
         print(json.dumps(found))
 

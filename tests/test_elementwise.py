@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from plait.math.update_rule import Whole, perpendicular_rows
 from plait.step.adagrad import AdaGrad, AdaGradNorm
 from plait.step.adam import AdamW
 from plait.step.base import Rule
@@ -21,7 +22,7 @@ from plait.step.difference import MARS, Adan
 from plait.step.factored import Adafactor
 from plait.step.friction import DiffGrad
 from plait.step.normalized import ADOPT, LaProp
-from plait.step.scale_invariant import SGDP, AdamP, tangent_rows
+from plait.step.scale_invariant import SGDP, AdamP
 from plait.step.signed import NormalizedSGD, SignSGD
 from plait.step.together import Together
 
@@ -259,50 +260,17 @@ def test_a_weight_whose_scale_means_nothing_keeps_its_length(rule: type[Rule], l
     assert plainly - before > 1.5 * (after - before)
 
 
+def tangent_rows(weight: Tensor, gradient: Tensor, delta: float = 0.1) -> int:
+    return perpendicular_rows(AdamP.rule(), weight, gradient, {"delta": delta}, Whole(weight.shape[1:].numel()))
+
+
 def test_rows_are_tried_before_the_whole() -> None:
     w = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    assert tangent_rows(w, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 0.1) == 2
-    assert tangent_rows(w, torch.tensor([[2.0, 1.0], [1.0, -1.0]]), 0.1) == 1  # <w, g> is 0 for the whole only
-    assert tangent_rows(w, w, 0.1) == 0
-    assert tangent_rows(w, torch.zeros(2, 2), 0.1) == 2
-    assert tangent_rows(w[0], torch.tensor([0.0, 1.0]), 0.1) == 0
-
-
-@pytest.mark.parametrize("rule", [SGDP, AdamP])
-@pytest.mark.parametrize("turned", ["rows", "whole", "neither"])
-def test_the_fast_step_is_the_step_whole(rule: type[Rule], turned: str) -> None:
-    """float32 weights are stepped by the rule's kernel and put right; `step_whole` forms the projection itself."""
-    draw = torch.Generator().manual_seed(0)
-    w = torch.randn(6, 5, 3, generator=draw)
-    fast, slow = nn.Parameter(w.clone()), w.clone()
-    optimizer, state = rule([fast], lr=0.05, weight_decay=0.1), {}
-    for step in range(5):
-        g = torch.randn(w.shape, generator=draw)
-        if turned == "rows":
-            g -= (g * slow).sum((1, 2), keepdim=True) / slow.square().sum((1, 2), keepdim=True) * slow
-        elif turned == "whole":
-            g -= (g * slow).sum() / slow.square().sum() * slow
-        else:
-            g += slow
-        assert tangent_rows(slow, g, 0.1) == {"rows": 6, "whole": 1, "neither": 0}[turned]
-        fast.grad, state["step"] = g, step + 1
-        optimizer.step()
-        optimizer.method.step_whole(slow, g, state, optimizer.param_groups[0], 0)
-        assert torch.allclose(fast.detach(), slow, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("rule", [SGDP, AdamP])
-def test_a_bfloat16_weight_is_rounded_once(rule: type[Rule]) -> None:
-    """Put right after it was rounded, most of its elements would no longer see the projection."""
-    draw = torch.Generator().manual_seed(0)
-    start = torch.randn(64, 64, generator=draw).to(torch.bfloat16)
-    g = torch.randn(64, 64, generator=draw)
-    g = (g - (g * start).sum(1, keepdim=True) / start.float().square().sum(1, keepdim=True) * start).to(torch.bfloat16)
-    fine, coarse = nn.Parameter(start.float()), nn.Parameter(start.clone())
-    for p in (fine, coarse):
-        p.grad = g.to(p.dtype)
-        rule([p], lr=1e-2).step()
-    assert float((coarse.detach() == fine.detach().to(torch.bfloat16)).float().mean()) > 0.999
+    assert tangent_rows(w, torch.tensor([[0.0, 1.0], [1.0, 0.0]])) == 2
+    assert tangent_rows(w, torch.tensor([[2.0, 1.0], [1.0, -1.0]])) == 1  # <w, g> is 0 for the whole only
+    assert tangent_rows(w, w) == 0
+    assert tangent_rows(w, torch.zeros(2, 2)) == 2
+    assert tangent_rows(w, torch.zeros(2, 2), delta=0.0) == 0
 
 
 def test_friction_halves_the_step_where_the_gradient_stays() -> None:

@@ -16,14 +16,15 @@ from typing import Any
 from plait.math.update_rule import FUNCTIONS, NORM, UpdateRule
 
 STASH = 2**22
-"""For how many elements of a weight a rule with a trust ratio keeps the direction; for the others it finds it twice."""
+"""For how many elements of a weight (or row) a rule that asks of all of it keeps the direction; for the others it finds
+it twice."""
 FIRST_ADDRESS = 4
 """An item is (row of scalars, count, width, index of the first element, addresses...)."""
 
 HEADER = '''"""{name}, compiled from its update rule by plait; deleting this file is safe. Functions: {version}"""
 
 from numba import carray, njit
-from numpy import abs, empty, float32, int32, int64, maximum, minimum, sign, sqrt
+from numpy import abs, empty, float32, float64, int32, int64, maximum, minimum, sign, sqrt
 
 from plait.math.kernel_functions import (
     HALF, HOW, LOW, ZERO, both, bytes_at, drawn, exp, float_block, floats_at, halves_at, hashed, narrowed, pack, reach,
@@ -44,54 +45,106 @@ def run(items, scalars):
         row, count, width, first = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
         rate, scale, key = scalars[row, 0], float32(scalars[row, 1]), word_of(int64(scalars[row, 2]))
 {numbers}
-{norms}
-        step = float32(rate)
-{step}
+{body}
 """
 
-NORMS = """
-        kept = min(count, len(stash) // width * width)
-        weight_norm, direction_norm = 0.0, 0.0
-{first_loop}
-            held = stash[begin : begin + size]
-            some, other = float32(0), float32(0)
+ELEMENTWISE = """
+        step = float32(rate)
+{loop}
             for i in range(size):
                 new = direction({elements})
-                held[i] = new[0]
-                some += {weight} * {weight}
-                other += new[0] * new[0]
+                {moved}
 {store}
 {pack}
-            weight_norm += some
-            direction_norm += other
-{other_loop}
-            some, other = float32(0), float32(0)
-            for i in range(size):
-                way = direction({elements})[0]
-                some += {weight} * {weight}
-                other += way * way
-            weight_norm += some
-            direction_norm += other
-        rate *= trust(sqrt(weight_norm), sqrt(direction_norm), {arguments})
 """
 
 NORM_LOOP = """
         total = 0.0
 {loop}
-            some = float32(0)
             for i in range(size):
-                part = normed({elements})
-                some += part * part
-            total += some
-        norm = float32(sqrt(total))
+                part = float64(normed({elements}))
+                total += part * part
+        norm = sqrt(total)
 {of_norm}
 """
 
-STASHED = """
+# A span is what norms are taken of: a row or the weight. Of the elements before `asked` they are, and of those before
+# `kept` the direction stays in the stash.
+SPANS = """
+{spans}
+        for start in range(0, count, span):
+            end = start + span
+            asked = end if {question} else start
+            kept = min(asked, start + len(stash) // width * width)
+            weight_square, inner, direction_square = 0.0, 0.0, 0.0
+{loop_kept}
+                held = stash[begin - start : begin - start + size]
+                for i in range(size):
+                    new = direction({elements})
+                    held[i], way = new[0], float64(new[0])
+{sums}
+{store}
+{pack}
+{loop_asked}
+                for i in range(size):
+                    way = float64(direction({elements})[0])
+{sums}
+{answer}
+{loop_stashed}
+                held = stash[begin - start : begin - start + size]
+                for i in range(size):
+                    {moved_held}
+{loop_rest}
+                for i in range(size):
+                    new = direction({elements})
+                    {moved}
+{store}
+{pack}
+"""
+
+SUMS = """
+weight_square += float64({weight}) * float64({weight})
+inner += float64({weight}) * way
+direction_square += way * way
+"""
+
+WHOLE = """
+        span = count
+"""
+
+TRUST = """
+            # A direction may be so short that the ratio is beyond float32.
+            step = float32(min(rate * trust(sqrt(weight_square), sqrt(direction_square){numbers}), 3.4e38))
+"""
+
+# Where not even zeros are perpendicular nothing is, and nothing need be read.
+PERPENDICULAR = """
+        step, span, total_inner, total_weight, total_gradient = float32(rate), count, 0.0, 0.0, 0.0
+        turns = perpendicular(0.0, 0.0, 0.0, 1.0{numbers})
+        by_rows = turns
+        for start in range(0, count if turns else 0, width):
+            end = start + width
+            inner, weight_square, gradient_square = 0.0, 0.0, 0.0
 {loop}
-            held = stash[begin : begin + size]
-            for i in range(size):
-                {weight_out}
+                for i in range(size):
+                    w, g = float64({weight}), float64({gradient})
+                    inner += w * g
+                    weight_square += w * w
+                    gradient_square += g * g
+            by_rows = by_rows and perpendicular(
+                inner, sqrt(weight_square), sqrt(gradient_square), float64(width){numbers}
+            )
+            total_inner += inner
+            total_weight += weight_square
+            total_gradient += gradient_square
+        if by_rows:
+            span = width
+        elif turns:
+            turns = perpendicular(total_inner, sqrt(total_weight), sqrt(total_gradient), float64(count){numbers})
+"""
+
+RADIAL = """
+            turned = float32(radial(inner, sqrt(weight_square){numbers}) if turns else 0.0)
 """
 
 # Blocks are arrays of their own, counted from 0: an index that may be negative would not be vectorized.
@@ -107,15 +160,6 @@ IN_ROWS = """
             begin = number // across * width + number % across * 256
             size = min(256, (number // across + 1) * width - begin)
 {arrays}
-"""
-
-ELEMENTS = """
-{loop}
-            for i in range(size):
-                new = direction({elements})
-                {weight_out}
-{store}
-{pack}
 """
 
 
@@ -185,13 +229,12 @@ def normed(rule: UpdateRule) -> Elementwise:
     return Elementwise() if rule.normed is None else elementwise(rule.normed, "normed", "inner")
 
 
-def trust(rule: UpdateRule) -> tuple[str, list[str]]:
-    """Return the text of `trust(weight_norm, direction_norm, *scalars)`, and the scalars' names."""
-    assert rule.trust is not None
-    text = function(rule.trust)
+def of_whole(rule: UpdateRule, name: str) -> tuple[str, list[str]]:
+    """Return the text of a function that is asked for a whole weight, with scalars by place, and the scalars' names."""
+    text = function(rule.of_whole[name])
     names = [a.arg for a in text.args.kwonlyargs]
     text.args.args += text.args.kwonlyargs
-    text.args.kwonlyargs, text.args.kw_defaults, text.name = [], [], "trust"
+    text.args.kwonlyargs, text.args.kw_defaults, text.name = [], [], name
     return ast.unparse(text), names
 
 
@@ -233,10 +276,11 @@ class Text:
                 place += 1
         return textwrap.indent("\n".join(lines), " " * 12)
 
-    def loop(self, start: str, end: str, arrays: str | None = None) -> str:
-        """The head of the loop over the blocks of a range of elements."""
+    def loop(self, start: str, end: str, count: int | None = None) -> str:
+        """The head of the loop over the blocks of a range of elements, of `count` arrays."""
         form = IN_ROWS if self.layout.states == "8bit" else IN_BLOCKS
-        return form.format(start=start, end=end, arrays=self.arrays() if arrays is None else arrays).strip("\n")
+        arrays = "\n".join(self.arrays().splitlines()[:count])
+        return form.format(start=start, end=end, arrays=arrays).strip("\n")
 
     def read(self, name: str) -> str:
         """An element as float32."""
@@ -271,7 +315,10 @@ class Text:
 
     def moved(self, direction: str) -> str:
         """What moves one element of the weight."""
-        value = f"{self.read('weight')} - step * {direction}"
+        weight = self.read("weight")
+        if self.rule.radial is not None:
+            direction = f"({direction} + turned * {weight})"
+        value = f"{weight} - step * {direction}"
         return f"weight[i] = {f'narrowed({value})' if self.layout.weight == 'bfloat16' else value}"
 
     def norm(self, elements: str, of_norm: dict[str, str]) -> str:
@@ -282,40 +329,58 @@ class Text:
         found = textwrap.indent("\n".join(lines), " " * 8)
         return NORM_LOOP.format(loop=self.loop("0", "count"), elements=elements, of_norm=found)
 
-    def norms(self, elements: str) -> str:
-        """What multiplies the rate by the trust ratio."""
-        if self.rule.trust is None:
-            return ""
-        return NORMS.format(
-            first_loop=self.loop("0", "kept"),
-            other_loop=self.loop("kept", "count"),
-            elements=elements,
-            weight=self.read("weight"),
-            store=self.store(),
-            pack=self.pack(),
-            arguments=", ".join(trust(self.rule)[1]),
+    def body(self, elements: str, norm: str) -> str:
+        """What steps one weight; norm: what finds the norm that the direction reads."""
+        common = {"elements": elements, "moved": self.moved("new[0]")}
+        if not self.rule.of_whole:
+            loop, store, pack = self.loop("0", "count"), self.store(), self.pack()
+            return norm + ELEMENTWISE.format(loop=loop, store=store, pack=pack, **common)
+
+        def deeper(text: str, by: int = 4) -> str:
+            return textwrap.indent(text.strip("\n"), " " * by)
+
+        return SPANS.format(
+            spans=self.spans().strip("\n"),
+            question="True" if self.rule.radial is None else "turns",
+            loop_kept=deeper(self.loop("start", "kept")),
+            loop_asked=deeper(self.loop("kept", "asked")),
+            loop_stashed=deeper(self.loop("start", "kept", 1)),
+            loop_rest=deeper(self.loop("kept", "end")),
+            sums=deeper(SUMS.format(weight=self.read("weight")), 20),
+            store=deeper(self.store()),
+            pack=deeper(self.pack()),
+            answer=self.answer().strip("\n"),
+            moved_held=self.moved("held[i]"),
+            **common,
         )
 
-    def step(self, elements: str) -> str:
-        """What moves the weight and stores the states, where that is not done."""
-        whole = self.rule.trust is None
-        rest = ELEMENTS.format(
-            loop=self.loop("0" if whole else "kept", "count"),
-            elements=elements,
-            weight_out=self.moved("new[0]"),
-            store=self.store(),
-            pack=self.pack(),
+    def scalars(self, name: str) -> str:
+        """The scalars that follow the numbers of a function that is asked for a whole weight."""
+        return "".join(f", {scalar}" for scalar in of_whole(self.rule, name)[1])
+
+    def spans(self) -> str:
+        """What finds the spans of a weight."""
+        if self.rule.perpendicular is None:
+            return WHOLE
+        return PERPENDICULAR.format(
+            numbers=self.scalars("perpendicular"),
+            loop=textwrap.indent(self.loop("start", "end", 2), " " * 4),
+            weight=self.read("weight"),
+            gradient=self.read("gradient"),
         )
-        if whole:
-            return rest
-        weight = self.arrays().splitlines()[0]
-        return STASHED.format(loop=self.loop("0", "kept", weight), weight_out=self.moved("held[i]")) + rest
+
+    def answer(self) -> str:
+        """What a span's norms say."""
+        if self.rule.trust is not None:
+            return TRUST.format(numbers=self.scalars("trust"))
+        assert self.rule.radial is not None
+        return RADIAL.format(numbers=self.scalars("radial"))
 
 
 def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> str:
     """Return the Python text of a rule's kernel; `version` says of which functions."""
     step, inner, text = direction(rule), normed(rule), Text(rule, layout)
-    functions = [step.text, inner.text, trust(rule)[0] if rule.trust is not None else ""]
+    functions = [step.text, inner.text, *(of_whole(rule, asked)[0] for asked in rule.of_whole)]
     parts = [HEADER.format(name=name, version=version)]
     parts += [f"\n@njit(**HOW)\n{each}\n" for each in functions if each]
     reads = [text.read("weight"), f"scale * {text.read('gradient')}", *map(text.read, rule.states)]
@@ -328,11 +393,10 @@ def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> st
     if layout.states == "8bit":
         scratch += [f"{state} = carray(float_block(), 256)" for state in rule.states]
         scratch += [f"random{n} = carray(word_block(), 256)" for n in pairs]
-    scratch += [f"stash = empty(min({STASH}, items[:, 1].max()), float32)"] if rule.trust is not None else []
+    scratch += [f"stash = empty(min({STASH}, items[:, 1].max()), float32)"] if rule.of_whole else []
     run = RUN.format(
         scratch=textwrap.indent("\n".join(scratch), " " * 4),
         numbers=textwrap.indent("\n".join(numbers), " " * 8),
-        norms=text.norm(", ".join([*reads, *inner.constants]), step.of_norm) + text.norms(elements),
-        step=text.step(elements).strip("\n"),
+        body=text.body(elements, text.norm(", ".join([*reads, *inner.constants]), step.of_norm)).strip("\n"),
     )
     return "\n".join([*parts, run])

@@ -2,9 +2,9 @@
 
 A launch takes a table with one line for each piece of a tensor, and a table of numbers (the rate, what depends on
 scalars only, random keys): nothing that changes from step to step is an argument, so no number recompiles anything.
-A rule that looks at whole tensors takes three launches: sums of squares by piece, a ratio or a norm for each tensor in
-a fixed order, and the step. With TRITON_INTERPRET=1 and "cpu" added to `DEVICES` the same text runs on a CPU, which is
-how it is tested.
+A rule that asks something of whole tensors or of rows takes three launches: sums by piece, what each tensor or row is
+answered, in a fixed order, and the step; sums are float64, since squares leave float32. With TRITON_INTERPRET=1 and
+"cpu" added to `DEVICES` the same text runs on a CPU, which is how it is tested.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from plait.math.kernel_source import Elementwise, Layout, direction, normed, trust
+from plait.math.kernel_source import Elementwise, Layout, direction, normed, of_whole
 from plait.math.kernels import load, unusable
 from plait.math.storage import BLOCK, scramble
 from plait.math.update_rule import UpdateRule
@@ -29,8 +29,12 @@ DEVICES = {"cuda"}
 """Kinds of device whose tensors are stepped by Triton."""
 PIECE = 4096
 """Elements that one program of a launch steps."""
+PIECE_OF_ROW = 1024
+"""The same where no piece may reach into another row."""
 FIRST_ADDRESS = 6
-"""A line is (row of numbers, count, width, index of the first element, begin, number of the tensor, addresses...)."""
+"""A line is (row of numbers, end, width, index of the first element, begin, number of its answer, addresses...); begin
+and end in elements, or in blocks where states have 8 bits.
+"""
 
 TEXT = '''"""{name}, compiled from its update rule by plait; deleting this file is safe."""
 
@@ -56,71 +60,129 @@ def constants({scalars}):
 {direction}
 
 
-{whole}
+{of_whole}
 
 
 @triton.jit
-def run(table, numbers, ratios, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr, DIVISOR: tl.constexpr):
+def run(table, numbers, answers, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr, DIVISOR: tl.constexpr):
     line = table + tl.program_id(0) * COLUMNS
 {load}
 {call}
-    step = rate{ratio}
+    step = {step}
 {store}
 '''
 
-TRUST = """
-@triton.jit
-{trust}
+OF_WHOLE = """
+{functions}
 
 
 @triton.jit
 def norms(table, numbers, sums, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr, DIVISOR: tl.constexpr):
     line = table + tl.program_id(0) * COLUMNS
 {load}
-{call}
-    tl.store(sums + 2 * tl.program_id(0), tl.sum(where(inside, weight * weight, 0.0)))
-    tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(where(inside, way * way, 0.0)))
+    into = sums + 4 * tl.program_id(0)
+{sums}
 
 
 @triton.jit
-def ratio(spans, numbers, sums, ratios, NUMBERS: tl.constexpr):
-    span = spans + tl.program_id(0) * 3
-    row, first, count = tl.load(span), tl.load(span + 1), tl.load(span + 2)
-    weight_norm, direction_norm = 0.0, 0.0
-    for start in range(0, count, 1024):
-        at = start + tl.arange(0, 1024)
-        weight_norm += tl.sum(tl.load(sums + 2 * (first + at), mask=at < count, other=0.0))
-        direction_norm += tl.sum(tl.load(sums + 2 * (first + at) + 1, mask=at < count, other=0.0))
+def added(sums, at, inside, count):
+    # Four sums over `count` lines, the first of which are `at`.
+    a, b = tl.zeros(at.shape, tl.float64), tl.zeros(at.shape, tl.float64)
+    c, d = tl.zeros(at.shape, tl.float64), tl.zeros(at.shape, tl.float64)
+    for line in range(0, count):
+        place = sums + 4 * (at + line)
+        a += tl.load(place, mask=inside, other=0.0)
+        b += tl.load(place + 1, mask=inside, other=0.0)
+        c += tl.load(place + 2, mask=inside, other=0.0)
+        d += tl.load(place + 3, mask=inside, other=0.0)
+    return a, b, c, d
+
+
+@triton.jit
+def answer(spans, numbers, sums, answers, NUMBERS: tl.constexpr):
+    span = spans + tl.program_id(0) * 6
+    row, first, rows, width = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
+    lines, into = tl.load(span + 4), answers + tl.load(span + 5)
 {numbers}
-    tl.store(ratios + tl.program_id(0), trust(sqrt(weight_norm), sqrt(direction_norm){arguments}))
+{answer}
 """
 
-NORM = """
-@triton.jit
-{normed}
+SUMS = {
+    "trust": """
+{call}
+weight, way = where(inside, weight, 0.0).to(tl.float64), where(inside, way, 0.0).to(tl.float64)
+tl.store(into, tl.sum(weight * weight))
+tl.store(into + 1, 0.0)
+tl.store(into + 2, tl.sum(way * way))
+tl.store(into + 3, 0.0)
+""",
+    "radial": """
+{call}
+weight, way = where(inside, weight, 0.0).to(tl.float64), where(inside, way, 0.0).to(tl.float64)
+gradient = where(inside, gradient, 0.0).to(tl.float64)
+tl.store(into, tl.sum(weight * weight))
+tl.store(into + 1, tl.sum(weight * way))
+tl.store(into + 2, tl.sum(weight * gradient))
+tl.store(into + 3, tl.sum(gradient * gradient))
+""",
+    "normed": """
+part = where(inside, normed({elements}), 0.0).to(tl.float64)
+tl.store(into, tl.sum(part * part))
+tl.store(into + 1, 0.0)
+tl.store(into + 2, 0.0)
+tl.store(into + 3, 0.0)
+""",
+}
 
+ANSWER = {
+    "trust": """
+weight_square, direction_square = tl.full((), 0, tl.float64), tl.full((), 0, tl.float64)
+for start in range(0, lines, 1024):
+    at = start + tl.arange(0, 1024)
+    a, b, c, d = added(sums, first + at, at < lines, 1)
+    weight_square += tl.sum(a)
+    direction_square += tl.sum(c)
+tl.store(into, trust(sqrt(weight_square), sqrt(direction_square){trust}))
+""",
+    "normed": """
+total = tl.full((), 0, tl.float64)
+for start in range(0, lines, 1024):
+    at = start + tl.arange(0, 1024)
+    a, b, c, d = added(sums, first + at, at < lines, 1)
+    total += tl.sum(a)
+tl.store(into, sqrt(total))
+""",
+    "radial": """
+failed = 0
+weight_square, along = tl.full((), 0, tl.float64), tl.full((), 0, tl.float64)
+inner, gradient_square = tl.full((), 0, tl.float64), tl.full((), 0, tl.float64)
+for start in range(0, rows, 1024):
+    at = start + tl.arange(0, 1024)
+    a, b, c, d = added(sums, first + at * lines, at < rows, lines)
+    passed = perpendicular(c, sqrt(a), sqrt(d), width.to(tl.float64){perpendicular})
+    failed += tl.sum(where(passed, 0, 1))
+    weight_square += tl.sum(a)
+    along += tl.sum(b)
+    inner += tl.sum(c)
+    gradient_square += tl.sum(d)
+count = (rows * width).to(tl.float64)
+passed = perpendicular(inner, sqrt(weight_square), sqrt(gradient_square), count{perpendicular})
+as_whole = where(passed, radial(along, sqrt(weight_square){radial}), 0.0)
+for start in range(0, rows, 1024):
+    at = start + tl.arange(0, 1024)
+    a, b, c, d = added(sums, first + at * lines, at < rows, lines)
+    tl.store(into + at, where(failed == 0, radial(b, sqrt(a){radial}), as_whole), mask=at < rows)
+""",
+}
 
-@triton.jit
-def norms(table, numbers, sums, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr, DIVISOR: tl.constexpr):
-    line = table + tl.program_id(0) * COLUMNS
-{load}
-    part = normed({elements})
-    tl.store(sums + tl.program_id(0), tl.sum(where(inside, part * part, 0.0)))
+OF_TENSOR = "tl.load(answers + tl.load(line + 5))"
+"""What a tensor or row was answered."""
 
-
-@triton.jit
-def ratio(spans, numbers, sums, ratios, NUMBERS: tl.constexpr):
-    span = spans + tl.program_id(0) * 3
-    first, count = tl.load(span + 1), tl.load(span + 2)
-    total = 0.0
-    for start in range(0, count, 1024):
-        at = start + tl.arange(0, 1024)
-        total += tl.sum(tl.load(sums + first + at, mask=at < count, other=0.0))
-    tl.store(ratios + tl.program_id(0), sqrt(total))
-"""
-
-OF_TENSOR = "tl.load(ratios + tl.load(line + 5))"
-"""What the second launch found for the tensor of a line."""
+# A direction may be so short that the ratio is beyond float32.
+STEP = {
+    "trust": f"minimum(rate * {OF_TENSOR}, 3.4e38).to(tl.float32)",
+    "radial": f"rate\n    way += {OF_TENSOR}.to(tl.float32) * weight",
+}
 
 FLAT = """
 at = tl.multiple_of(tl.load(line + 4), DIVISOR) + tl.arange(0, {piece})
@@ -133,18 +195,27 @@ across = (width + 255) // 256
 number = tl.load(line + 4) + tl.arange(0, {piece} // 256)[:, None]
 lane = number % across * 256 + tl.arange(0, 256)[None, :]
 at = number // across * width + lane
-in_tensor = number < tl.load(line + 1) // width * across
+in_tensor = number < tl.load(line + 1)
 inside = (lane < width) & in_tensor
 """
 
 KINDS = {"float32": "float32", "bfloat16": "uint16", "8bit": "uint8"}
 
 
-def _load_text(rule: UpdateRule, layout: Layout, constants: list[str]) -> str:
+def _asks(rule: UpdateRule) -> str:
+    """Return what a rule asks of whole tensors, "trust" or "normed", or of rows, "radial"; empty if nothing."""
+    return next((asked for asked in SUMS if getattr(rule, asked) is not None), "")
+
+
+def _piece(rule: UpdateRule) -> int:
+    return PIECE_OF_ROW if _asks(rule) == "radial" else PIECE
+
+
+def _load_text(rule: UpdateRule, layout: Layout, constants: Iterable[str]) -> str:
     """The text that reads a piece of a tensor."""
     lines = ["row = numbers + tl.load(line) * NUMBERS", "rate, scale = tl.load(row), tl.load(row + 1)"]
     lines += [f"{name} = tl.load(row + {2 + n})" for n, name in enumerate(constants)]
-    lines += (IN_ROWS if layout.states == "8bit" else FLAT).format(piece=PIECE).strip().splitlines()
+    lines += (IN_ROWS if layout.states == "8bit" else FLAT).format(piece=_piece(rule)).strip().splitlines()
     place = FIRST_ADDRESS
     kinds = [("weight", layout.weight), ("gradient", layout.weight), *((name, layout.states) for name in rule.states)]
     for name, kind in kinds:
@@ -168,11 +239,10 @@ def _elements(rule: UpdateRule, constants: Iterable[str]) -> str:
 def _call_text(rule: UpdateRule, step: Elementwise) -> str:
     """The text that finds the direction and the new states."""
     lines = [f"norm = {OF_TENSOR}"] if rule.normed else []
-    lines += [f"{name} = {expression}" for name, expression in step.of_norm.items()]
+    lines += [f"{name} = ({expression}).to(tl.float32)" for name, expression in step.of_norm.items()]
     names = ", ".join(f"new_{name}" for name in rule.states)
     called = f"direction({_elements(rule, [*step.constants, *step.of_norm])})"
-    lines.append(f"way, {names} = {called}" if names else f"way = {called}[0]")
-    return textwrap.indent("\n".join(lines), " " * 4)
+    return "\n".join([*lines, f"way, {names} = {called}" if names else f"way = {called}[0]"])
 
 
 def _store_text(rule: UpdateRule, layout: Layout, keys: int) -> str:
@@ -200,29 +270,31 @@ def source(rule: UpdateRule, name: str, layout: Layout) -> str:
     """Return the Python text of a rule's kernels. A row of numbers: rate, sign, constants, scalars of trust, keys."""
     step, inner = direction(rule), normed(rule)
     constants = step.constants | inner.constants
-    load_text, call_text = _load_text(rule, layout, list(constants)), _call_text(rule, step)
-    written, names = ("", list[str]()) if rule.trust is None else trust(rule)
+    load_text, call_text = _load_text(rule, layout, constants), _call_text(rule, step)
+    asked = {called: of_whole(rule, called) for called in rule.of_whole}
+    names = list(dict.fromkeys(name for _, scalars in asked.values() for name in scalars))
     places = [f"{n} = tl.load(numbers + row * NUMBERS + {2 + len(constants) + i})" for i, n in enumerate(names)]
-    whole = ""
-    if rule.normed:
-        whole = NORM.format(normed=inner.text, load=load_text, elements=_elements(rule, inner.constants))
-    elif rule.trust:
-        whole = TRUST.format(
-            trust=written,
+    whole, asks = "", _asks(rule)
+    if asks:
+        texts = [text for text, _ in asked.values()]
+        sums = SUMS[asks].format(call=call_text, elements=_elements(rule, inner.constants))
+        given = {called: "".join(f", {name}" for name in scalars) for called, (_, scalars) in asked.items()}
+        whole = OF_WHOLE.format(
+            functions="\n\n\n".join(f"@triton.jit\n{text}" for text in (inner.text, *texts) if text),
             load=load_text,
-            call=call_text,
+            sums=textwrap.indent(sums.strip(), " " * 4),
             numbers=textwrap.indent("\n".join(places), " " * 4),
-            arguments="".join(f", {n}" for n in names),
+            answer=textwrap.indent(ANSWER[asks].format(**given).strip(), " " * 4),
         )
     return TEXT.format(
         name=name,
         scalars=", ".join(rule.scalars),
         expressions=", ".join([*constants.values(), *names]),
         direction=step.text,
-        whole=whole,
+        of_whole=whole,
         load=load_text,
-        call=call_text,
-        ratio=f" * {OF_TENSOR}" if rule.trust else "",
+        call=textwrap.indent(call_text, " " * 4),
+        step=STEP.get(asks, "rate"),
         store=_store_text(rule, layout, 2 + len(constants) + len(names)),
     )
 
@@ -247,15 +319,15 @@ class TritonKernel:
     def _launch(self, items: list[tuple[int, ...]], numbers: Tensor, aligned: bool) -> None:
         key = (numbers.device, aligned)
         if key not in self.tables or self.tables[key][0] != items:
-            self.tables[key] = (items, *_tables(items, self.layout, numbers.device))
+            self.tables[key] = (items, *_tables(items, self.rule, self.layout, numbers.device))
         _, table, spans = self.tables[key]
         given = {"COLUMNS": table.shape[1], "NUMBERS": numbers.shape[1], "DIVISOR": 16 if aligned else 1}
-        ratios = torch.empty(len(items), device=numbers.device)
+        answers = torch.empty(len(table), dtype=torch.float64, device=numbers.device)
         if self.rule.whole:
-            sums = torch.empty(len(table), 2, device=numbers.device)
+            sums = torch.empty(len(table), 4, dtype=torch.float64, device=numbers.device)
             self.module.norms[(len(table),)](table, numbers, sums, **given)
-            self.module.ratio[(len(items),)](spans, numbers, sums, ratios, NUMBERS=numbers.shape[1])
-        self.module.run[(len(table),)](table, numbers, ratios, **given)
+            self.module.answer[(len(items),)](spans, numbers, sums, answers, NUMBERS=numbers.shape[1])
+        self.module.run[(len(table),)](table, numbers, answers, **given)
 
     def _numbers(self, scalars: Sequence[tuple[float, ...]]) -> numpy.ndarray:
         rows = []
@@ -273,20 +345,30 @@ def _is_aligned(item: tuple[int, ...]) -> bool:
     return all(n % 16 == 0 for n in (*lengths, *addresses))
 
 
-def _tables(items: list[tuple[int, ...]], layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the lines of all pieces, and (row, first line, lines) of each tensor."""
+def _tables(
+    items: list[tuple[int, ...]], rule: UpdateRule, layout: Layout, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the lines of all pieces; and of each tensor (row of numbers, first line, rows, width, lines of a row,
+    number of its first answer), all of it one row where nothing is asked of rows.
+    """
     held = numpy.array(items, dtype=numpy.int64)
     row, count, width = held[:, 0], held[:, 1], held[:, 2]
     rounded = layout.states == "8bit"
-    step = PIECE // BLOCK if rounded else PIECE
-    units = count // width * -(-width // BLOCK) if rounded else count
-    pieces = -(-units // step)
-    first = numpy.cumsum(pieces) - pieces
+    step = _piece(rule) // BLOCK if rounded else _piece(rule)
+    length = -(-width // BLOCK) if rounded else width
+    rows = count // width
+    if _asks(rule) != "radial":
+        rows, length = numpy.ones_like(rows), rows * length
+    lines = -(-length // step)
+    pieces = rows * lines
+    first, first_answer = numpy.cumsum(pieces) - pieces, numpy.cumsum(rows) - rows
     number = numpy.repeat(numpy.arange(len(items)), pieces)
-    begin = (numpy.arange(len(number)) - first[number]) * step
-    lines = numpy.concatenate([held[number, :4], begin[:, None], number[:, None], held[number, 4:]], axis=1)
-    spans = numpy.stack([row, first, pieces], axis=1)
-    return torch.from_numpy(lines).to(device), torch.from_numpy(spans).to(device)
+    in_row, piece = numpy.divmod(numpy.arange(len(number)) - first[number], lines[number])
+    begin = in_row * length[number] + piece * step
+    columns = [row[number], (in_row + 1) * length[number], width[number], held[number, 3], begin]
+    table = numpy.column_stack([*columns, first_answer[number] + in_row, held[number, 4:]])
+    spans = numpy.stack([row, first, rows, width, lines, first_answer], axis=1)
+    return torch.from_numpy(table).to(device), torch.from_numpy(spans).to(device)
 
 
 _MADE: dict[tuple[UpdateRule, Layout], TritonKernel | None] = {}

@@ -42,7 +42,7 @@ def as_groups(given: list[Any]) -> list[dict[str, Any]]:
 
 @method
 class Rule(Method):
-    """w <- w - lr * direction(w, gradient, states), and times `trust` where a rule has one; see `UpdateRule`.
+    """w <- w - lr * direction(w, gradient, states), and times `trust` where a rule has one.
 
     lr: the learning rate. decay_vectors: whether biases, norm scales and other weights of less than two dimensions
     decay too, as in torch. maximize: ascend. where: names of the weights that are stepped; the others stay. states: how
@@ -58,6 +58,10 @@ class Rule(Method):
     direction: ClassVar[Callable[..., Any]]
     trust: ClassVar[Callable[..., Any] | None] = None
     normed: ClassVar[Callable[..., Any] | None] = None
+    perpendicular: ClassVar[Callable[..., Any] | None] = None
+    radial: ClassVar[Callable[..., Any] | None] = None
+    of_matrices: ClassVar[tuple[str, ...]] = ()
+    """Numbers that are 0 for weights of less than two dimensions."""
 
     @classmethod
     def rounds(cls) -> bool:
@@ -85,7 +89,7 @@ class Rule(Method):
     @classmethod
     def rule(cls) -> UpdateRule:
         """Return the mathematics of the method."""
-        return UpdateRule(cls.direction, cls.trust, cls.normed)
+        return UpdateRule(cls.direction, cls.trust, cls.normed, cls.perpendicular, cls.radial)
 
     @classmethod
     def scalars(cls, step: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -292,24 +296,25 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "zero_grad() after the weight has its shape."
             )
         tensors = [weight, gradient, *(map(kept.own, held) if sharded else held)]
-        decays = p.dim() > 1 or group["decay_vectors"]
         layout = Layout(STORED.get(weight.dtype, ""), kind)
         if self._fits(work, layout, tensors, alone=not sharded):
-            key = (place, step, decays)
+            key = (place, step, p.dim() > 1)
             if key not in work.rows:
                 work.rows[key] = len(work.numbers)
-                scalars = self._scalars(group, step, decays)
+                scalars = self._scalars(group, step, p)
                 ascend = -1.0 if group["maximize"] else 1.0
                 work.numbers.append(
                     (scalars["rate"], ascend, float(key_of(step)), *(scalars[name] for name in rule.scalars))
                 )
-            width = weight.shape[1:].numel() if kind == "8bit" else 1
             if weight.numel():
+                width = weight.shape[1:].numel() if p.dim() > 1 else weight.numel()
+                width = width if kind == "8bit" or rule.radial is not None else 1
                 work.add(layout, work.rows[key], tensors, width, first)
             return
-        scalars = self._scalars(group, step, decays)
+        scalars = self._scalars(group, step, p)
         values = kept.read(state, rule.states, kind)
-        plain_step(rule, weight, -gradient if scalars["maximize"] else gradient, values, scalars, kept.norm_over(p))
+        gradient = -gradient if scalars["maximize"] else gradient
+        plain_step(rule, weight, gradient, values, scalars, kept.whole(p))
         kept.write(state, values, kind, step, first)
 
     def _fits(self, work: Work, layout: Layout, tensors: list[Tensor], *, alone: bool) -> bool:
@@ -322,10 +327,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.fused = False
         return self.fused
 
-    def _scalars(self, group: Mapping[str, Any], step: int, decays: bool) -> dict[str, float]:
+    def _scalars(self, group: Mapping[str, Any], step: int, p: Tensor) -> dict[str, float]:
         scalars = {"rate": group["lr"], **group, **type(self.method).scalars(step, group)}
-        if not decays and "weight_decay" in scalars:
-            scalars["weight_decay"] = 0.0
+        if p.dim() < 2:
+            scalars |= dict.fromkeys(self.method.of_matrices, 0.0)
+            scalars |= {} if group["decay_vectors"] else {"weight_decay": 0.0}
         names = ("rate", "maximize", *self.method.rule().scalars)
         return {name: float(scalars[name]) for name in names}
 

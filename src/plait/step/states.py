@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plait.errors import BadInput
 from plait.math.storage import bits_at, blocks, decode, encode, key_of, kind_for, to_bfloat16
-from plait.math.update_rule import exact
+from plait.math.update_rule import Whole, exact, inner_of_rows
 from plait.sharding import full, is_sharded
 
 DTYPES = {torch.uint8: "8bit", torch.bfloat16: "bfloat16"}
@@ -85,10 +85,10 @@ def share_of_rows(own_rows: Tensor, p: Any) -> Tensor:
     return spread
 
 
-def rows_of(whole: Tensor, p: Tensor) -> Tensor:
+def rows_of(all_rows: Tensor, p: Tensor) -> Tensor:
     """Return this process's rows of a tensor with one row for each of `p`, spread as `p` is."""
-    start = first_index(p) // max(math.prod(p.shape[1:]), 1)
-    return share_of_rows(whole[start : start + own(p).shape[0]].clone(), p)
+    start = first_row(p)
+    return share_of_rows(all_rows[start : start + own(p).shape[0]].clone(), p)
 
 
 def first_index(p: Any) -> int:
@@ -101,25 +101,32 @@ def first_index(p: Any) -> int:
     return int(offset[0]) * math.prod(p.shape[1:]) if offset else 0
 
 
-def norm_over(p: Any) -> Callable[[Tensor], Tensor]:
-    """Return the norm of a whole tensor, of which each process gives the share that it holds of `p`."""
+def first_row(p: Any) -> int:
+    """Return the number, in the whole tensor, of the first row that this process holds."""
+    width: int = p.shape[1:].numel()
+    return first_index(p) // max(width, 1)
+
+
+def whole(p: Any) -> Whole:
+    """Return what a step must know of all of a weight, of which this process may hold a share."""
+    width = p.shape[1:].numel()
     if not is_sharded(p):
-        plain: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
-        return plain
-    from torch.distributed.tensor import DTensor
+        return Whole(width)
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    def norm(share: Tensor) -> Tensor:
-        spread = DTensor.from_local(
-            share,
-            p.device_mesh,
-            p.placements,
-            run_check=False,
-            shape=p.shape,
-            stride=p.stride(),
-        )
-        return full(torch.linalg.vector_norm(spread))
+    rows = p.shape[:1] if p.dim() > 1 else torch.Size()
 
-    return norm
+    def of_rows(placement: Any) -> Any:
+        if not placement.is_shard():
+            return Replicate()
+        return placement if rows and placement.dim == 0 else Partial()
+
+    def inner(one: Tensor, other: Tensor) -> Tensor:
+        products, placements = inner_of_rows(one, other), [of_rows(placement) for placement in p.placements]
+        stride = (1,) * len(rows)
+        return full(DTensor.from_local(products, p.device_mesh, placements, run_check=False, shape=rows, stride=stride))
+
+    return Whole(width, first_row(p), inner)
 
 
 def read(state: dict[str, Any], names: Iterable[str], kind: str) -> dict[str, Tensor]:

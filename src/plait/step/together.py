@@ -58,7 +58,5 @@ class TogetherOptimizer(RuleOptimizer):
 
 def norm_over(p: Tensor) -> Norm:
     """Return the norm for a weight: squares of float32 may leave its range, so it is float64's."""
-    if is_sharded(p):
-        norm = states.norm_over(p)
-        return lambda share: norm(share.double())
-    return lambda whole: torch.linalg.vector_norm(whole, dtype=torch.float64)
+    inner = states.whole(p).inner
+    return lambda share: inner(share, share).sum().sqrt()
