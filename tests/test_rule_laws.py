@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -561,6 +562,34 @@ def test_rounding_at_random_keeps_the_mean_and_the_largest() -> None:
     bits = storage.bits_at(storage.key_of(3), torch.arange(100_000), 1).double() / 65536
     assert float(bits.mean()) == pytest.approx(0.5, abs=0.005)
     assert float(bits.var()) == pytest.approx(1 / 12, abs=0.002)
+
+
+def test_the_kernel_codes_a_block_as_the_plain_loop_does() -> None:
+    """Of sizes over eight orders of magnitude, zeros with and without a sign among them; a scale is any float32."""
+    pytest.importorskip("numba")
+    from plait.math import kernel_functions
+
+    draw, differ, total = np.random.default_rng(0), 0, 0
+    for case in range(200):
+        values = 10.0 ** draw.uniform(-8, 0, 256) * draw.normal(size=256) * 10.0 ** draw.uniform(-25, 15)
+        values = (np.abs(values) if case % 2 else values).astype(np.float32)
+        values[draw.integers(0, 256, 20)], values[draw.integers(0, 256, 20)] = 0.0, -0.0
+        random = draw.integers(0, 1 << 16, 256).astype(np.int32)
+        most = max(values.view(np.int32).max(), np.int32(0))
+        least = values.view(np.uint32).max().view(np.int32)
+        codes, decoded = np.zeros(256, np.uint8), np.zeros(256, np.float32)
+        scale = kernel_functions.pack(values, most, least, codes, random, np.int32(0))
+        kernel_functions.unpack(codes, np.float32(scale), decoded)
+        plain, scales = storage.encode(torch.from_numpy(values)[None], torch.from_numpy(random)[None])
+        assert float(scales[0, 0]) == pytest.approx(scale, rel=1e-6)
+        meant = storage.decode(torch.from_numpy(codes)[None], scales)[0].numpy()
+        assert np.allclose(decoded, meant, rtol=15 * 2**-23, atol=0)  # 1/16 = 1 - 15/16, and the latter is rounded
+        assert ((decoded != 0) | (values == 0) | (case % 2 == 0)).all()
+        apart = np.abs(plain[0].numpy().astype(int) - codes)
+        apart[values == 0] = 0  # 0 may have a sign
+        assert apart.max() <= 1
+        differ, total = differ + int((apart > 0).sum()), total + 256
+    assert differ <= FLIPPED * total
 
 
 def test_bfloat16_is_rounded_up_as_often_as_it_should() -> None:
