@@ -395,7 +395,7 @@ def test_a_missing_file_and_bad_utf8(tmp_path: Path) -> None:
         "methods: [{{adamw: {{lr: {{os.system: {{command: 'touch {mark}'}}}}}}}}]",
         "methods: [{{tsla: {{__globals__: 1}}}}]",
         "methods: [plait.cli.main]",
-        "methods: [hoag]",
+        "methods: [sns]",
         "methods: [lora-forgets]",
     ],
 )

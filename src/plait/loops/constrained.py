@@ -19,6 +19,7 @@ from plait.loops.tensors import losses
 from plait.loops.tuning import FURTHEST, DerivativeTuner, Knob, knobs, link, set_numbers, unlink
 from plait.math.projections import ball, cone
 from plait.method import Ask, Method, Now, method
+from plait.schedule import Tuned
 
 Growth = Annotated[float, AfterValidator(Range(0, 0.5, closed="()"))]
 """A number in (0, 0.5)."""
@@ -36,7 +37,8 @@ class LVHBA(DerivativeTuner):
     `Tuned`: |W|_F - r <= 0 of each of its layers, with the radii r in x; the projection is onto the cone of (r, W), and
     other weights are free. The rest of x are the raw numbers (logarithms, logits) of other fields that are `Tuned`, in
     which f must have a derivative: strengths of penalties, label smoothing and other terms of the loss. A radius moves
-    only while its ball is in the way of its weight: start from small ones.
+    only while its ball is in the way of its weight: start from small ones. F pulls at the weights themselves too: those
+    that are left have learned from the validation set; where it has to stay apart, train anew under what was found.
 
     The step of w is the run's own: with SGD(lr=alpha, momentum=0) on whole batches it is the paper's. step_size: alpha;
     z_step_size: beta; lower_step_size: eta; proximity: (gamma_1, gamma_2); penalty, growth: of c_k = penalty (k + 1)^
@@ -87,12 +89,12 @@ class LVHBA(DerivativeTuner):
     def balls(self, model: nn.Module, now: Now, found: Sequence[Knob]) -> dict[int, list[Tensor]]:
         """Return the weights that each radius bounds, by its row in x."""
         bounds: dict[int, list[Tensor]] = {}
+        radii = {knob.tuned: knob for knob in self.radii(now, found)}
         for m in now.methods:
-            for knob in self.radii(now, found) if isinstance(m, NormBall) else ():
-                if m.radius != knob.tuned:
-                    continue
+            if isinstance(m, NormBall) and isinstance(m.radius, Tuned):
+                first, step = radii[m.radius].rows.start, int(m.radius.each_layer)
                 for i, (_, _, weight) in enumerate(m.targets(model, now)):
-                    bounds.setdefault(knob.rows.start + i * knob.tuned.each_layer, []).append(weight)
+                    bounds.setdefault(first + i * step, []).append(weight)
         return bounds
 
     def tune(self, model: nn.Module, now: Now) -> None:

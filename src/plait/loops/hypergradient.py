@@ -37,7 +37,12 @@ def tolerance_of(schedule: str, first: float, k: int) -> float:
     >>> [round(tolerance_of("quadratic", 0.09, k), 3) for k in (1, 2, 3)]
     [0.09, 0.022, 0.01]
     """
-    falling = {"exponential": SHRINK ** (k - 1), "quadratic": k**-2.0, "cubic": k**-3.0, "exact": 0.0}
+    falling: dict[str, float] = {
+        "exponential": SHRINK ** float(k - 1),
+        "quadratic": k**-2.0,
+        "cubic": k**-3.0,
+        "exact": 0.0,
+    }
     return max(first * falling[schedule], EXACT)
 
 
