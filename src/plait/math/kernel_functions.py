@@ -30,6 +30,7 @@ HALF, LOW, HIGH = np.int32(16), np.int32(0xFFFF), np.int32(-65536)
 MANTISSA = np.int32(23)
 FRACTION, UNIT = np.int32(0x7FFFFF), np.int32(0x3F800000)
 POSITIVE, INFINITE, SIGN = np.int32(0x7FFFFFFF), np.int32(0x7F800000), np.int32(128)
+SMALLEST, LARGEST = np.float32(1e-26), np.float32(3e38)
 F0, F1, PART = np.float32(0), np.float32(1), np.float32(UNIFORM)
 LEAST = np.float32(2**-126)
 """A smaller number has no inverse in float32."""
@@ -159,6 +160,20 @@ def hashed(key: Any, index: Any) -> Any:
 def widened(stored: Any) -> Any:
     """Return the float32 of a bfloat16, held as int16."""
     return float_of(left(word_of(stored), HALF))
+
+
+@intrinsic
+def exactly(context: Any, stored: Any) -> Any:
+    """Return a float32, or a bfloat16 held as int16, in float64."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (held,) = arguments
+        if signature.args[0] == types.int16:
+            bits = builder.shl(builder.zext(held, WORD), ir.Constant(WORD, 16))
+            held = builder.bitcast(bits, ir.FloatType())
+        return builder.fpext(held, ir.DoubleType())
+
+    return types.float64(stored), code
 
 
 @njit(**HOW)
@@ -302,6 +317,23 @@ def pack(values: Any, most: Any, least: Any, codes: Any, random: Any, which: Any
         return -largest / TOP_SIGNED
     encode_positive(values, largest, random, which, codes)
     return largest / TOP_POSITIVE
+
+
+@njit(**HOW)
+def sums(some: Any, cross: Any, other: Any, one: Any, two: Any) -> tuple[Any, Any, Any]:
+    """Return a block's float32 sums of one^2, one * two and two^2 in float64: anew where squares may have left float32.
+
+    Squares too small for float32 are less than 1e-34 in all, which sums above 1e-26 do not notice.
+    """
+    if SMALLEST < some < LARGEST and SMALLEST < other < LARGEST:
+        return np.float64(some), np.float64(cross), np.float64(other)
+    a, b, c = 0.0, 0.0, 0.0
+    for i in range(two.size):
+        x, y = exactly(one[i]), exactly(two[i])
+        a += x * x
+        b += x * y
+        c += y * y
+    return a, b, c
 
 
 @njit(error_model="numpy", fastmath={"contract"})

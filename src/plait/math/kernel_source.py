@@ -27,8 +27,8 @@ from numba import carray, njit
 from numpy import abs, empty, float32, float64, int32, int64, maximum, minimum, sign, sqrt
 
 from plait.math.kernel_functions import (
-    HALF, HOW, LOW, ZERO, both, bytes_at, drawn, exp, float_block, floats_at, halves_at, hashed, narrowed, pack, reach,
-    right, unpack, widened, word_block, word_of,
+    F0, HALF, HOW, LOW, ZERO, both, bytes_at, drawn, exp, float_block, floats_at, halves_at, hashed, narrowed, pack,
+    reach, right, sums, unpack, widened, word_block, word_of,
 )
 
 
@@ -78,17 +78,20 @@ SPANS = """
             kept = min(asked, start + len(stash) // width * width)
             weight_square, inner, direction_square = 0.0, 0.0, 0.0
 {loop_kept}
-                held = stash[begin - start : begin - start + size]
+                held, some, cross, other = stash[begin - start : begin - start + size], F0, F0, F0
                 for i in range(size):
                     new = direction({elements})
-                    held[i], way = new[0], float64(new[0])
-{sums}
+                    held[i] = way = new[0]
+{sum}
 {store}
 {pack}
+{add}
 {loop_asked}
+                held, some, cross, other = scratch[:size], F0, F0, F0
                 for i in range(size):
-                    way = float64(direction({elements})[0])
-{sums}
+                    held[i] = way = direction({elements})[0]
+{sum}
+{add}
 {answer}
 {loop_stashed}
                 held = stash[begin - start : begin - start + size]
@@ -102,10 +105,18 @@ SPANS = """
 {pack}
 """
 
-SUMS = """
-weight_square += float64({weight}) * float64({weight})
-inner += float64({weight}) * way
-direction_square += way * way
+# In float64 this loop, unlike others, would be slower: it has roots and quotients too.
+SUM = """
+some += {weight} * {weight}
+cross += {weight} * way
+other += way * way
+"""
+
+ADD = """
+some_square, product, other_square = sums(some, cross, other, weight, held)
+weight_square += some_square
+inner += product
+direction_square += other_square
 """
 
 WHOLE = """
@@ -346,7 +357,8 @@ class Text:
             loop_asked=deeper(self.loop("kept", "asked")),
             loop_stashed=deeper(self.loop("start", "kept", 1)),
             loop_rest=deeper(self.loop("kept", "end")),
-            sums=deeper(SUMS.format(weight=self.read("weight")), 20),
+            sum=deeper(SUM.format(weight=self.read("weight")), 20),
+            add=deeper(ADD, 16),
             store=deeper(self.store()),
             pack=deeper(self.pack()),
             answer=self.answer().strip("\n"),
@@ -393,7 +405,8 @@ def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> st
     if layout.states == "8bit":
         scratch += [f"{state} = carray(float_block(), 256)" for state in rule.states]
         scratch += [f"random{n} = carray(word_block(), 256)" for n in pairs]
-    scratch += [f"stash = empty(min({STASH}, items[:, 1].max()), float32)"] if rule.of_whole else []
+    if rule.of_whole:
+        scratch += [f"stash, scratch = empty(min({STASH}, items[:, 1].max()), float32), empty(4096, float32)"]
     run = RUN.format(
         scratch=textwrap.indent("\n".join(scratch), " " * 4),
         numbers=textwrap.indent("\n".join(numbers), " " * 8),
