@@ -18,6 +18,10 @@ from plait.math.update_rule import FUNCTIONS, NORM, UpdateRule
 STASH = 2**22
 """For how many elements of a weight (or row) a rule that asks of all of it keeps the direction; for the others it finds
 it twice."""
+BLOCK, BLOCK_OF_WHOLE = 4096, 1024
+"""Elements between two looks at where an array begins; in the second, the weight and its direction stay in the first
+cache until they are added up.
+"""
 FIRST_ADDRESS = 4
 """An item is (row of scalars, count, width, index of the first element, addresses...)."""
 
@@ -160,8 +164,8 @@ RADIAL = """
 
 # Blocks are arrays of their own, counted from 0: an index that may be negative would not be vectorized.
 IN_BLOCKS = """
-        for begin in range({start}, {end}, 4096):
-            size = min(4096, {end} - begin)
+        for begin in range({start}, {end}, {block}):
+            size = min({block}, {end} - begin)
 {arrays}
 """
 
@@ -291,7 +295,8 @@ class Text:
         """The head of the loop over the blocks of a range of elements, of `count` arrays."""
         form = IN_ROWS if self.layout.states == "8bit" else IN_BLOCKS
         arrays = "\n".join(self.arrays().splitlines()[:count])
-        return form.format(start=start, end=end, arrays=arrays).strip("\n")
+        block = BLOCK_OF_WHOLE if self.rule.of_whole else BLOCK
+        return form.format(start=start, end=end, arrays=arrays, block=block).strip("\n")
 
     def read(self, name: str) -> str:
         """An element as float32."""
@@ -406,7 +411,8 @@ def source(rule: UpdateRule, name: str, layout: Layout, version: str = "") -> st
         scratch += [f"{state} = carray(float_block(), 256)" for state in rule.states]
         scratch += [f"random{n} = carray(word_block(), 256)" for n in pairs]
     if rule.of_whole:
-        scratch += [f"stash, scratch = empty(min({STASH}, items[:, 1].max()), float32), empty(4096, float32)"]
+        scratch += [f"stash = empty(min({STASH}, items[:, 1].max()), float32)"]
+        scratch += [f"scratch = empty({BLOCK_OF_WHOLE}, float32)"]
     run = RUN.format(
         scratch=textwrap.indent("\n".join(scratch), " " * 4),
         numbers=textwrap.indent("\n".join(numbers), " " * 8),
