@@ -104,6 +104,19 @@ def test_a_run_takes_the_steps_of_the_function() -> None:
         torch.testing.assert_close(p.detach(), theirs.params[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", [L2(strength=Tuned(start=0.02)), NormBall(radius=EACH)])
+def test_a_model_in_float64_takes_the_same_steps(method: Method) -> None:
+    (x, y), (v, z) = ((x, (y > 0).long()) for x, y in (data(0, 40), data(1, 50)))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+        methods = [LVHBA(step_size=0.2, lower_step_size=0.3), method, SGD(lr=0.2, momentum=0.0)]
+        run = train(model, (x.to(dtype), y), methods=methods, validation=(v.to(dtype), z), steps=5)
+        found.append(numbers(run))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 # -- where it ends -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("start", [0.1, 0.5])
 def test_the_best_radius_of_constrained_regression_is_found(start: float) -> None:

@@ -158,6 +158,18 @@ def test_all_batches_are_the_whole_data_each_example_once() -> None:
     seen(look)
 
 
+def test_a_weight_that_two_layers_share_is_penalized_once() -> None:
+    """Also where `functional_call` puts tensors in place of the parameters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 2))
+    model[2].weight = model[0].weight
+    (x, y), penalty = logistic(0, 23), L2(strength=Tuned(start=0.3, each_layer=True))
+    inner, _, weights, raw = bilevel_problem(model, (x, y), [penalty], logistic(1, 13))
+    decay = sum(float(model[place].weight.detach().square().sum()) for place in (0, 4))  # type: ignore[union-attr]
+    expected = F.cross_entropy(model(x), y).item() + 0.15 * decay
+    assert inner(weights, raw).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_the_number_of_examples_the_batches_must_be_said() -> None:
     with pytest.raises(BadInput, match="say how many batches"):
         training_batches(Now(), 0)

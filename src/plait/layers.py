@@ -219,7 +219,9 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 
 def weight_identity(layer: nn.Module) -> int:
     """Return the identity of a layer's weight; the layer's own, if the weight is made anew at each reading."""
-    return id(layer.weight if isinstance(layer.weight, nn.Parameter) else layer)
+    weight = layer.weight
+    kept = isinstance(weight, nn.Parameter) or weight is layer._parameters.get("weight")  # as functional_call puts it
+    return id(weight if kept else layer)
 
 
 @contextlib.contextmanager

@@ -41,10 +41,10 @@ class LVHBA(DerivativeTuner):
     that are left have learned from the validation set; where it has to stay apart, train anew under what was found.
 
     The step of w is the run's own: with SGD(lr=alpha, momentum=0) on whole batches it is the paper's. step_size: alpha;
-    z_step_size: beta; lower_step_size: eta; proximity: (gamma_1, gamma_2); penalty, growth: of c_k = penalty (k + 1)^
-    growth; multiplier_bound: of z. warmup: steps before the first. A step costs three further gradients and one of F.
-    Keeps theta: one further copy of the trained weights. Stands before the balls in the list. Raises BadInput without a
-    validation set, on several processes, and for a number in which f has no derivative.
+    z_step_size: beta; lower_step_size: eta; proximity: (gamma_1, gamma_2); first_weight, growth: of c_k = first_weight
+    (k + 1)^growth; multiplier_bound: of z. warmup: steps before the first. A step costs three further gradients and one
+    of F. Keeps theta: one further copy of the trained weights. Stands before the balls in the list. Raises BadInput
+    without a validation set, on several processes, and for a number in which f has no derivative.
 
     >>> from plait import train
     >>> from plait.constrain.norm import NormBall
@@ -109,9 +109,11 @@ class LVHBA(DerivativeTuner):
 
         def excess(weights: dict[str, Tensor], x: Tensor) -> Tensor:
             values = [
-                torch.linalg.vector_norm(weights[name].float()) - x[row] for row, held in balls.items() for name in held
+                torch.linalg.vector_norm(weights[name].to(y.dtype)) - x[row]
+                for row, held in balls.items()
+                for name in held
             ]
-            return torch.stack(values) if values else x.new_zeros(0)
+            return torch.stack(values) if values else y.new_zeros(0)
 
         if "theta" not in memory:
             self._enter(model, now, found, x)
