@@ -165,9 +165,27 @@ def test_a_run_without_a_validation_set_and_steps_that_are_too_long_are_refused(
     x, y = data(0)
     with pytest.raises(BadInput, match="needs a validation set"):
         train(nn.Linear(20, 1), (x, y), methods=[LVHBA(), NormBall(radius=EACH)], steps=2)
-    long = LVHBA(step_size=1e30, lower_step_size=1e30)
-    with pytest.raises(NonFinite):
-        train(nn.Linear(20, 1), (x, y), methods=[long, L2(strength=Tuned(start=1.0))], validation=(x, y), steps=50)
+    for long in (LVHBA(step_size=1e30, lower_step_size=1e30), LVHBA(lower_step_size=1e30)):
+        with pytest.raises(NonFinite, match="lower step_size and lower_step_size"):
+            train(nn.Linear(20, 1), (x, y), methods=[long, L2(strength=Tuned(start=1.0))], validation=(x, y), steps=50)
+
+
+def test_a_batch_that_is_not_finite_is_left_out_and_changes_no_state() -> None:
+    x, y = data(0, 32)
+    x = x.clone()
+    x[3] = float("nan")
+    methods = [LVHBA(step_size=0.1, lower_step_size=0.1), NormBall(radius=Tuned(start=0.1)), SGD(lr=0.1, momentum=0.0)]
+    torch.manual_seed(0)
+    run = train(nn.Linear(20, 1), (x, y), methods=methods, validation=data(1), steps=20, batch_size=8, nonfinite="skip")
+    assert len(run.skipped) == 5  # the one batch of four, in each of five passes
+    assert numbers(run)["NormBall.radius"] > 0.2
+
+
+def test_a_weight_that_is_made_anew_at_each_reading_is_refused() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(20, 4)), nn.Linear(4, 1))
+    with pytest.raises(BadInput, match=r"NormBall cannot move the weight of '0'.*name other layers in where"):
+        train(model, data(0), methods=[NormBall()], steps=1)
+    train(model, data(0), methods=[NormBall(radius=0.1, where="1")], steps=1)
 
 
 @pytest.mark.parametrize(

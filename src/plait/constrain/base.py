@@ -52,5 +52,11 @@ class Constraint(Method):
             weight.copy_(self.project_layer(name, layer, weight, now))
 
     def check(self, model: nn.Module, methods: list[Method]) -> None:
-        """Refuse targets that match nothing."""
-        require_layers(self, model, self.where, self.kinds)
+        """Refuse targets that match nothing, and weights that cannot be moved."""
+        for name, layer in require_layers(self, model, self.where, self.kinds):
+            weight = own_weight(layer)
+            if weight.requires_grad and not weight.is_leaf:
+                raise BadInput(
+                    f"{type(self).__name__} cannot move the weight of '{name}', which a parametrization makes at each "
+                    "reading: remove that, or name other layers in where."
+                )

@@ -127,12 +127,15 @@ class LVHBA(DerivativeTuner):
         saddle = saddle.follow(y, slope, values, sizes)
         below, _, _ = lagrangian(problem, excess, saddle, x)
         at, w = x.clone().requires_grad_(), y.clone().requires_grad_()
-        (in_x,), (upper,) = slopes(problem.inner(y, at), at), slopes(problem.outer(w, x), w)
+        value = problem.inner(y, at)
+        (in_x,), (upper,) = slopes(value, at), slopes(problem.outer(w, x), w)
+        if not torch.isfinite(value):
+            return  # the run itself says which examples these are, or leaves them out
         still = torch.zeros_like(x), torch.zeros_like(y)  # F does not depend on x; the run itself asks for f_w
-        memory["direction"], memory["addition"] = saddle.directions(
-            y, (still[0], upper), (in_x, still[1]), below, sizes
-        )
-        memory |= as_tensors(saddle)
+        in_x, in_w = saddle.directions(y, (still[0], upper), (in_x, still[1]), below, sizes)
+        if not (torch.isfinite(in_x).all() and torch.isfinite(in_w).all()):
+            raise NonFinite("LVHBA left the numbers: lower step_size and lower_step_size.")
+        memory |= as_tensors(saddle) | {"direction": in_x, "addition": in_w}
 
     @torch.no_grad()
     def _enter(self, model: nn.Module, now: Now, found: Sequence[Knob], x: Tensor) -> None:
