@@ -102,9 +102,13 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def encode(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 8-bit codes [rows, ...] of float32 values [rows, ...], and scales [rows, blocks]; bits as of `bits_at`."""
+    """Return 8-bit codes [rows, ...] of float32 values [rows, ...], and scales [rows, blocks]; bits as of `bits_at`.
+
+    A block that is not finite becomes NaN.
+    """
     blocked, drawn = _in_blocks(values), _in_blocks(bits)
     most = blocked.abs().amax(2, keepdim=True)
+    most = torch.where(torch.isfinite(most), most, torch.nan)
     signed = (blocked < 0).any(2, keepdim=True)
     exponents, shift, base = _code(signed)
     top = 1 - (1 - 1 / base) * torch.exp2(-exponents.float())  # the value of the largest code

@@ -34,14 +34,14 @@ def abs(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def maximum(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """Return the larger of two."""
-    return tl.maximum(x, y)
+    """Return the larger of two; NaN stays NaN."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def minimum(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """Return the smaller of two."""
-    return tl.minimum(x, y)
+    """Return the smaller of two; NaN stays NaN."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -100,15 +100,19 @@ def decode(stored: tl.tensor, scale: tl.tensor) -> tl.tensor:
     size = tl.abs(scale)
     start = tl.where(signed, 0.125, 0.0625) * size
     value = (power << 23).to(tl.float32, bitcast=True) * (start + (size - start) * fraction)
-    value = tl.where(code > 0, value, 0.0)
+    value = tl.where(code > 0, value, 0.0 * size)
     return tl.where(signed & (stored > 127), -value, value)
 
 
 @triton.jit
 def encode(value: tl.tensor, inside: tl.tensor, random: tl.tensor) -> tl.tensor:
-    """Return 8-bit codes and scales [n, 1] of values [n, 256], rounded by 16 random bits; `inside` a row."""
+    """Return 8-bit codes and scales [n, 1] of values [n, 256], rounded by 16 random bits; `inside` a row.
+
+    As whole numbers, bits are in the order of magnitudes, and NaN's are the largest. What is not finite has no code.
+    """
     magnitude = tl.where(inside, tl.abs(value), 0.0)
-    most = tl.max(magnitude, axis=1, keep_dims=True)
+    most = tl.max(magnitude.to(tl.int32, bitcast=True), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+    most = most + (most - most)
     signed = tl.max(tl.where(inside & (value < 0), 1, 0), axis=1, keep_dims=True) > 0
     top = tl.where(signed, 1 - 0.875 / 64, 1 - 0.9375 / 128)
     base = tl.where(signed, 8.0, 16.0)
