@@ -24,6 +24,7 @@ from transformers import (
 from plait import PSKD, AdamW, BadInput, Method
 from plait.forward.dropout import Dropout
 from plait.initialize.activation_svd import EVA
+from plait.initialize.gradient_svd import LoRAGA
 from plait.initialize.weight_svd import PiSSA
 from plait.integrations.transformers import Trainer
 from plait.parametrize.base import attached, untouched_weight
@@ -136,6 +137,22 @@ def test_a_smaller_batch_after_an_out_of_memory_error_finds_the_adapters_started
     torch.testing.assert_close(model.eval()(token).logits, said, rtol=1e-4, atol=1e-5)
     layer = model.model.layers[0].mlp.up_proj
     torch.testing.assert_close(untouched_weight(layer), llama().model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("start", [EVA(), LoRAGA()], ids=lambda s: s.key)
+def test_a_start_that_takes_too_much_memory_is_begun_anew_with_a_smaller_batch(start: Method, tmp_path: Path) -> None:
+    model, seen = llama(), []
+
+    def full(part: torch.nn.Module, given: Any, named: Any) -> None:
+        seen.append(len(named["input_ids"]))
+        if seen[-1] > 4:
+            raise RuntimeError("CUDA out of memory.")
+
+    model.register_forward_pre_hook(full, with_kwargs=True)
+    given = {"auto_find_batch_size": True, "per_device_train_batch_size": 8}
+    Trainer(model, arguments(tmp_path, **given), train_dataset=rows(), methods=[LoRA(rank=2), start]).train()
+    assert seen[0] == 8
+    assert max(seen[-3:]) <= 4
 
 
 def test_what_methods_let_layers_share_is_saved_and_resumed(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _inner_training_loop(self, *positional: Any, **named: Any) -> Any:
         resumed = named.get("resume_from_checkpoint") or (positional[2] if len(positional) > 2 else None)
+        if size := named.get("batch_size", positional[0] if positional else None):
+            self._train_batch_size = size  # for the starts too, after a larger batch took too much memory
         self._begin(resumed)
         result = super()._inner_training_loop(*positional, **named)
         observe(self.model, self.methods, self.now, self.measures)
