@@ -138,7 +138,7 @@ class ActivationStart(Start):
                 with passes.to([name for name, _, _ in chosen if fresh.get(name, True)]):
                     now.call(model, batch.inputs)
                 last = None
-                if not any(fresh.values()):
+                if not any(fresh.get(name, True) for name, _, _ in chosen):
                     break
         every = {name: seen.get(name) for name, _, _ in chosen}
         for name, svd in every.items():
