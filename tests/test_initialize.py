@@ -334,6 +334,44 @@ def test_an_adapter_that_was_trained_without_a_start_is_not_started(start: Start
         train(model, data, methods=[start], steps=1)
 
 
+def test_a_core_that_was_trained_without_a_start_is_not_started() -> None:
+    data = drawn(16, 8), torch.arange(16) % 3
+    model = train(nn.Sequential(nn.Linear(8, 8)), data, methods=[LoRAXS(rank=2)], steps=2).model
+    state, loaded, fresh = model.state_dict(), *(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+    for other in (loaded, fresh):
+        LoRAXS(rank=2).parametrize(other)
+    loaded.load_state_dict(state)
+    for trained in (model, loaded, copy.deepcopy(model).bfloat16()):
+        with pytest.raises(BadInput, match=LEARNED.format("LoRASB")):
+            check(trained, [LoRASB()])
+    for kind in (torch.bfloat16, torch.float16, torch.float32):
+        check(copy.deepcopy(fresh).to(kind), [LoRASB()])
+    train(fresh.bfloat16().float(), data, methods=[LoRASB()], steps=1)
+
+
+@pytest.mark.parametrize("start", [PiSSA(), EVA()], ids=lambda s: s.key)
+def test_a_recipe_that_starts_what_was_started_adds_nothing_to_the_model(start: Start) -> None:
+    data, methods = (drawn(16, 8), torch.arange(16) % 3), [LoRA(rank=2), start]
+    model = train(nn.Sequential(nn.Linear(8, 8)), data, methods=methods, steps=2).model
+    names = list(model.state_dict())
+    with pytest.raises(BadInput, match="a second time"):
+        train(model, data, methods=methods, steps=2)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("start", [EVA(rho=1.0), RandomFactor()], ids=lambda s: s.key)
+def test_a_started_model_loads_adapters_without_a_record(start: Start) -> None:
+    """Those that no start made, and those of a file that is older than the record."""
+    data = drawn(16, 8), torch.arange(16) % 3
+    model = train(nn.Sequential(nn.Linear(8, 8)), data, methods=[LoRA(rank=2), start], steps=2).model
+    plain = train(nn.Sequential(nn.Linear(8, 8)), data, methods=[LoRA(rank=2)], steps=2).model
+    started = model.state_dict()
+    model.load_state_dict(plain.state_dict())
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
+    model.load_state_dict(started)
+    assert "0.plait.lora.start_left" in model.state_dict()
+
+
 def test_the_record_of_a_start_is_no_part_of_plain_lora() -> None:
     model = with_adapters(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     PiSSA(where="0").initialize(model, Now())
@@ -601,6 +639,39 @@ def test_eva_passes_end_at_the_last_layer_that_is_still_to_be_read() -> None:
     whole = EVA(batches=4, tau=1.0).inputs_svd(net, calibrated(batches))
     assert (whole["early"].count, whole["late"].count) == (80, 64)
     assert net.went == {"late": 4, "head": 2}
+
+
+def test_a_model_that_catches_errors_reads_no_layer_twice_in_a_short_pass() -> None:
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self.head(self.layer(x))
+            except Exception:  # as one that falls back on another kernel
+                return self.head(self.layer(x))
+
+    batches = [drawn(16, 6, seed=seed) for seed in range(4)]
+    net = with_adapters(Careful(), where="layer")
+    assert EVA(batches=4, tau=1.0).inputs_svd(net, calibrated(batches))["layer"].count == 64
+
+
+def test_eva_waits_for_a_layer_that_the_first_batches_do_not_reach() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.often, self.seldom = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.often(x) + (self.seldom(x) if bool(x[0, 0] > 100) else 0.0)
+
+    batches = [drawn(16, 6) for _ in range(4)]
+    batches[3][0, 0] = 200.0
+    seen = EVA(batches=4, tau=0.1).inputs_svd(with_adapters(Routed()), calibrated(batches))
+    assert seen["often"].count < 64
+    assert seen["seldom"].count == 16
 
 
 def test_eva_sees_convolutions_as_matrices_and_leaves_padding_out() -> None:

@@ -57,13 +57,7 @@ class Start(Method):
             raise BadInput(
                 f"{title} starts {kind} adapters, but the model has none: put a method that adds them before it."
             )
-        for name, _, adapter in chosen:
-            if begun(adapter):
-                lost = "the part of the weight that it holds" if adapter.taken() is not None else "what it has learned"
-                raise BadInput(
-                    f"{title} would start the adapter of '{name}' a second time, and {lost} would be lost: drop "
-                    f"{title} to train on, or fold the model first."
-                )
+        refuse_begun(title, chosen)
         if self.moves:
             users = sharers(model)
             for name, layer, _ in chosen:
@@ -88,6 +82,7 @@ class Start(Method):
             if late := [type(m).__name__ for m in methods if isinstance(m, Parametrize)]:
                 raise BadInput(f"{title} starts the adapters that {late[0]} adds: put {title} after {late[0]}.")
             self.found(model)
+        refuse_begun(title, [f for f in attached(model, self.starts) if matches(self.where, f[0])])
         adapted = {name for m in adding for name, _ in m.targets(model)}
         adapted |= {name for name, _, _ in attached(model, self.starts)}
         for other in before:
@@ -112,12 +107,15 @@ class Start(Method):
             record_left(layer, adapter)
 
 
-def begun(adapter: Parametrization) -> bool:
-    """Say whether a start or training made an adapter what it is, which another start would throw away."""
-    if started(adapter):
-        return True
-    low = adapter.low_rank()
-    return low is not None and bool(low[0].any()) and bool(low[1].any())
+def refuse_begun(title: str, chosen: Sequence[Found]) -> None:
+    """Refuse adapters that a start or training made what they are: another start would throw that away."""
+    for name, _, adapter in chosen:
+        if started(adapter) or adapter.learned():
+            lost = "the part of the weight that it holds" if adapter.taken() is not None else "what it has learned"
+            raise BadInput(
+                f"{title} would start the adapter of '{name}' a second time, and {lost} would be lost: drop {title} to "
+                "train on, or fold the model first."
+            )
 
 
 def low_rank(adapter: Parametrization) -> LowRank:

@@ -36,6 +36,9 @@ from plait.parametrize.refusals import read_by_others, refuse_weight
 
 P = TypeVar("P", bound="Parametrization")
 
+LEFT = "start_left"
+"""The buffer of an adapter that says that a start made it: the digest of the weight that the start left under it."""
+
 
 class Parametrization(nn.Module):
     """W' = dense(W), for the matrix W [out, in] of one layer; its parameters are what is trained.
@@ -83,6 +86,11 @@ class Parametrization(nn.Module):
         shift = self.shift()
         return bias if shift is None else bias + shift
 
+    def learned(self) -> bool:
+        """Say whether training made it other than it was when attached, where that shows."""
+        low = self.low_rank()
+        return low is not None and bool(low[0].any()) and bool(low[1].any())
+
     def taken(self) -> Tensor | None:
         """Return what a start took out of the layer's own weight, [out, in], or None if it left that alone."""
         return None
@@ -94,6 +102,8 @@ class Parametrization(nn.Module):
         for key in [key for key in state_dict if key.startswith(f"{prefix}start_")]:
             device = next(self.parameters()).device
             self.register_buffer(key.removeprefix(prefix), torch.empty_like(state_dict[key], device=device))
+        if f"{prefix}{LEFT}" not in state_dict:  # what is loaded is of no start, or older than this record
+            self._buffers.pop(LEFT, None)
         for name, parameter in self.named_parameters(recurse=False):
             loaded = state_dict.get(prefix + name)
             if loaded is not None and loaded.shape != parameter.shape:

@@ -28,6 +28,7 @@ class Core(Parametrization):
         self.register_buffer("A", a.contiguous())
         self.register_buffer("B", b.contiguous())
         self.R = nn.Parameter(core.contiguous())
+        self.drawn = core.detach().cpu().clone()
 
     @property
     def rank(self) -> int:
@@ -40,6 +41,11 @@ class Core(Parametrization):
         kind = self.R.dtype
         self.A, self.B = a.detach().to(kind).contiguous(), b.detach().to(kind).contiguous()
         self.R.data = core.detach().to(kind).contiguous()
+
+    def learned(self) -> bool:
+        """Say whether R is neither 0 nor what was drawn for it, up to rounding to 16 bits."""
+        now = self.R.detach().cpu().to(self.drawn.dtype)
+        return bool(now.any()) and bool((now - self.drawn).abs().max() > 0.01 * self.drawn.abs().max())
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """Return the factors (A, B R) of the update of the weight."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from plait.errors import BadInput
 from plait.layers import matrix, own_weight, unmatrix, unwrapped
 from plait.math.packed import Packed, unrounded
-from plait.parametrize.base import Parametrization, attached, stack
+from plait.parametrize.base import LEFT, Parametrization, attached, stack
 
 SAMPLE = 4096
 """How many numbers of a weight are looked at."""
@@ -51,10 +51,6 @@ def _numbers(numbers: Tensor) -> str:
     made = hashlib.sha256(f"{tuple(numbers.shape)}\n".encode())
     made.update(spaced.to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
     return made.hexdigest()[:16]
-
-
-LEFT = "start_left"
-"""The buffer of an adapter that says that a start made it: the digest of the weight that the start left under it."""
 
 
 def record_left(layer: nn.Module, part: Parametrization) -> None:
