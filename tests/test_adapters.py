@@ -20,7 +20,7 @@ from plait.initialize.base import Start
 from plait.initialize.weight_svd import PiSSA
 from plait.integrations.peft import load_adapter, save_adapter, write_update
 from plait.method import Now
-from plait.parametrize.base import stack
+from plait.parametrize.base import attached, stack
 from plait.parametrize.core import LoRAXS
 from plait.parametrize.folding import fold
 from plait.parametrize.freeze import mark_fresh
@@ -544,3 +544,39 @@ def test_a_start_on_a_quantized_base_is_no_low_rank_update_of_the_plain_one() ->
     ):
         adapters.add("a", model)
     assert 0 < adapters.add("a", model, rank=4) < 1
+
+
+class Placed(nn.Module):
+    """Tokens with a vector for each place, of the places once, [length, 8], or of each row's own, [n, length, 8]."""
+
+    def __init__(self, each: bool) -> None:
+        super().__init__()
+        self.each, self.token, self.place, self.out = each, nn.Embedding(9, 8), nn.Embedding(4, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(tokens.shape[1])
+        if self.each:
+            places = places.unsqueeze(0).expand(tokens.shape)
+        return self.out((self.token(tokens) + self.place(places)).tanh())  # type: ignore[no-any-return]
+
+
+def test_a_table_of_as_many_places_as_there_are_rows_is_not_taken_for_the_rows() -> None:
+    tokens = torch.arange(16).view(4, 4) % 9
+    for each in (True, False):
+        torch.manual_seed(0)
+        base = Placed(each)
+        trained = copy.deepcopy(base)
+        LoRA(rank=2, where="token|place|out").parametrize(trained)
+        for _, _, part in attached(trained, LowRank):
+            nn.init.normal_(part.B)
+        adapters = Adapters(base)
+        adapters.add("a", trained)
+        plain = base(tokens)
+        if not each:
+            with pytest.raises(BadInput, match=r"^'place' sees what all rows share"), adapters.mixed(["a", None] * 2):
+                base(tokens)
+            continue
+        with adapters.mixed(["a", None] * 2):
+            mixed = base(tokens)
+        torch.testing.assert_close(mixed[::2], trained(tokens)[::2])
+        torch.testing.assert_close(mixed[1::2], plain[1::2])

@@ -18,7 +18,7 @@ from plait.errors import BadInput
 from plait.layers import CONVOLUTIONS, is_transformers_conv1d, matrix_shape, own_weight
 from plait.parametrize.base import Parametrization, be_called, be_read, stack
 from plait.parametrize.low_rank import adapter_dtype, low_rank_branch, without_padding
-from plait.parametrize.picked import picked
+from plait.parametrize.picked import picked, shared
 from plait.parametrize.update import Factors
 
 NONE = 0
@@ -49,6 +49,11 @@ class Choice:
             raise BadInput(
                 f"'{name}' sees {count} vectors, which need not be the {batch} rows in turn (experts see some of the "
                 "tokens): switch instead, or give `mixed` flat=True if no layer picks among them."
+            )
+        if shared(inputs) and not self.flat:
+            raise BadInput(
+                f"'{name}' sees what all rows share, such as positions, of which none has its own: switch instead, or "
+                "leave it out of the adapters."
             )
         if count % batch:
             raise BadInput(

@@ -1,4 +1,5 @@
-"""Which tensors hold rows that were picked out of others, as a router picks for each expert some of the tokens.
+"""Which tensors hold rows that were picked out of others, as a router picks for each expert some of the tokens, and
+which hold nothing of the batch, as positions do.
 
 Of such a tensor nobody knows which rows of the batch its own belong to, though there be just as many of them.
 """
@@ -18,6 +19,10 @@ from plait.math.tracing import traced
 
 MARK = "_plait_picked"
 """The attribute of a tensor whose rows were picked."""
+SHARED = "_plait_shared"
+"""The attribute of a tensor that is made of positions and of the model's own tensors alone."""
+REPEATED = ("expand", "expand_as", "repeat", "repeat_interleave", "tile", "broadcast_to")
+"""Functions that give each row of a batch its own of what all share."""
 RETURNED = (
     *("setitem", "index_add", "index_copy", "index_put", "masked_scatter"),
     *("scatter", "scatter_add", "scatter_reduce", "select_scatter", "slice_scatter"),
@@ -58,14 +63,25 @@ class Picks(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function, and mark what it returns."""
         made = function(*args, **(kwargs or {}))
-        flat = [t for t in ((made,) if isinstance(made, Tensor) else _tensors((made,))) if 0 < t.dim() < 3]
-        if flat and not traced():
-            name = getattr(function, "__name__", "").strip("_")
+        every = [t for t in ((made,) if isinstance(made, Tensor) else _tensors((made,))) if id(t) not in self.tables]
+        if not every or traced():
+            return made
+        name = getattr(function, "__name__", "").strip("_")
+        common = self._is_shared(name, [*_tensors((*args, *(kwargs or {}).values()))])
+        for tensor in every:
+            if shared(tensor) != common:
+                setattr(tensor, SHARED, common)
+        if flat := [t for t in every if 0 < t.dim() < 3]:
             given = args[:1] if name in RETURNED else (*args, *(kwargs or {}).values())
             if any(map(picked, _tensors(given))) or (self._picks(name, args, kwargs or {}, flat) and self._inside()):
                 for tensor in flat:
                     setattr(tensor, MARK, True)
         return made
+
+    def _is_shared(self, name: str, given: list[Tensor]) -> bool:
+        """Say whether a function returns what all rows share: positions, or what is made of them and of tables."""
+        common = all(id(t) in self.tables or shared(t) for t in given) if given else name == "arange"
+        return common and name not in REPEATED and self._inside()
 
     def _inside(self) -> bool:
         """Say whether the model itself is at work: what is picked before it is called is the batch."""
@@ -115,4 +131,10 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 def picked(tensor: Tensor) -> bool:
     """Say whether a tensor's rows were picked out of others."""
     marked: bool = getattr(tensor, MARK, False)
+    return marked
+
+
+def shared(tensor: Tensor) -> bool:
+    """Say whether a tensor holds nothing of the batch."""
+    marked: bool = getattr(tensor, SHARED, False)
     return marked
