@@ -56,7 +56,7 @@ STEPS, RATE = 3, 0.05
 LEAST = 1e-6
 """What a method must change of some weight to be seen, far above rounding."""
 
-ALONE = {"egn": "one process"}
+ALONE = {"egn": "one process", "lv-hba": "several processes"}
 """Methods for one process, and what they say on several."""
 REPLICATED = dict.fromkeys(("winsorized-gradient", "r-amt", "sft"), "sharding='none'")
 """Methods that need the weights whole on every process, and what they say where these are sharded."""
