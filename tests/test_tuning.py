@@ -34,6 +34,7 @@ from plait.predict.base import predictor
 from plait.recipe import Recipe
 from plait.schedule import Tuned
 from plait.step.adam import AdamW
+from plait.step.layer_sampling import LISA
 
 
 def data(seed: int, count: int = 60, noise: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -232,6 +233,14 @@ def test_rates_noise_smoothing_and_strengths_of_each_layer_are_tuned_together() 
     assert found.keys() == starts.keys()
     assert all(found[name] != pytest.approx(start, rel=1e-3) for name, start in starts.items())
     assert 0 < found["Dropout.rate 0"] < 0.9
+
+
+def test_numbers_of_each_layer_are_refused_where_layers_take_turns() -> None:
+    """Those that rest are not penalized: the numbers would be of other layers."""
+    model = nn.Sequential(*[nn.Linear(20, 20) for _ in range(3)], nn.Linear(20, 1))
+    methods = [STN(), L2(strength=Tuned(start=0.1, each_layer=True)), LISA(layers=1, period=2)]
+    with pytest.raises(BadInput, match=r"L2\.strength has a number for each layer, and under LISA layers take turns"):
+        train(model, data(0), methods=methods, validation=data(1), steps=3)
 
 
 def test_one_number_for_each_layer_is_that_layers_own() -> None:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from plait.batch import Batch
+from plait.constrain.base import Constraint
 from plait.errors import BadInput
 from plait.fields import Size
 from plait.method import Method, Now, method
+from plait.penalty.base import WeightPenalty
 from plait.schedule import Tuned
 from plait.sharding import world_size
+from plait.step.layer_sampling import Rounds
 
 FURTHEST = 20.0
 """How far from 0 a raw number may go: beyond, links are flat in float32."""
@@ -171,6 +174,14 @@ class Tuner(Method):
             raise BadInput(
                 f"{title} finds nothing to tune: give a field of another method a Tuned(start=...) for a number."
             )
+        of_weights = [m for m in methods if isinstance(m, WeightPenalty | Constraint)]
+        each = next((knob.title for knob in knobs(model, of_weights) if knob.tuned.each_layer), "")
+        for m in methods:
+            if each and isinstance(m, Rounds):
+                raise BadInput(
+                    f"{each} has a number for each layer, and under {type(m).__name__} layers take turns: drop "
+                    "each_layer, or use AdamW."
+                )
         if sum(bool(getattr(m, "tunes", False)) for m in methods) > 1:
             raise BadInput(f"{title} and another method would tune the same numbers: keep one.")
         for m in methods[: methods.index(self)]:
